@@ -1,0 +1,275 @@
+"""The data set on disk: what `data_prep` writes and `pipeline` reads.
+
+    DATASET/
+      shards/train-000000.tar       plain ustar; one sample = members KEY.<image>, KEY.txt, KEY.json side by side
+      shards/train-000000.idx.npz   where each member lies, and its checksum
+      manifests/000001.json         one immutable generation: which shards, how many samples, all checksums
+      tokenizer.model               SentencePiece
+      ledger/failures-000000.jsonl  what was dropped, and why
+
+A shard counts only once a manifest names it, and the manifest is written last: a reader sees a whole generation or none.
+Letters: N samples of one shard.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+from data_prep.storage import Storage
+
+FORMAT = "jetway-dataset/1"
+"""First key of every manifest; the number grows when old readers can no longer read it."""
+
+SPLITS = ("train", "heldout")
+MEMBERS = ("image", "txt", "json")
+"""Order of the second axis of every index array, and of the members in a tar."""
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def tar_path(shard: str) -> str:
+    """Path of a shard's tar inside the data set."""
+    return f"shards/{shard}.tar"
+
+
+def index_path(shard: str) -> str:
+    """Path of a shard's index inside the data set."""
+    return f"shards/{shard}.idx.npz"
+
+
+def manifest_path(generation: int) -> str:
+    """Path of a manifest generation inside the data set."""
+    return f"manifests/{generation:06d}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardIndex:
+    """Where every member of one shard lies, so that sample i is three range reads (or one: members are contiguous)."""
+
+    keys: np.ndarray
+    """Sample keys, ASCII bytes `S*` [N]."""
+    offsets: np.ndarray
+    """First byte of each member's content in the tar, int64 [N, 3], in the order of `MEMBERS`."""
+    sizes: np.ndarray
+    """Bytes of each member's content, int64 [N, 3]."""
+    xxh3: np.ndarray
+    """xxh3-64 (seed 0) of each member's content, uint64 [N, 3]."""
+    sha256: np.ndarray
+    """SHA-256 of the original image bytes, before any re-encoding, uint8 [N, 32]."""
+
+    def __post_init__(self) -> None:
+        num = len(self.keys)
+        expected = {
+            "keys": (self.keys, "S", (num,)),
+            "offsets": (self.offsets, "i", (num, 3)),
+            "sizes": (self.sizes, "i", (num, 3)),
+            "xxh3": (self.xxh3, "u", (num, 3)),
+            "sha256": (self.sha256, "u", (num, 32)),
+        }
+        for name, (array, kind, shape) in expected.items():
+            if array.dtype.kind != kind or array.shape != shape:
+                raise ValueError(f"shard index array {name}: got {array.dtype} {array.shape}, expected kind {kind!r} {shape}")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to_bytes(self) -> bytes:
+        """An `.npz` whose bytes depend on nothing but the content (no clock, no platform)."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for name in ("keys", "offsets", "sizes", "xxh3", "sha256"):
+                member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+                member.create_system = 3
+                content = io.BytesIO()
+                np.lib.format.write_array(content, np.ascontiguousarray(getattr(self, name)), version=(1, 0), allow_pickle=False)
+                archive.writestr(member, content.getvalue())
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ShardIndex":
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+            ValueError: not such a file, or arrays of other shapes.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return cls(**{name: arrays[name] for name in ("keys", "offsets", "sizes", "xxh3", "sha256")})
+        except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"not a shard index: {error}") from error
+
+    def dump(self, storage: Storage, shard: str) -> str:
+        """Publishes the index of `shard`; returns the hex SHA-256 of the file."""
+        data = self.to_bytes()
+        storage.put_bytes(index_path(shard), data)
+        return hashlib.sha256(data).hexdigest()
+
+    @classmethod
+    def load(cls, storage: Storage, shard: str, *, sha256: str | None = None) -> "ShardIndex":
+        """Reads the index of `shard`, and checks it against `ShardInfo.index_sha256` when that is given.
+
+        Raises:
+            UserError: the index is missing, damaged, or another one than the manifest names.
+        """
+        where = f"{storage.url}/{index_path(shard)}"
+        try:
+            data = storage.read_bytes(index_path(shard))
+        except FileNotFoundError:
+            raise UserError(f"{where} is missing", expected="the index of a shard that the manifest names", fix="run `jetway verify`") from None
+        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise UserError(f"{where} is damaged", got=f"sha256 {found}", expected=sha256, fix="run `jetway verify`, then restore or prepare again")
+        try:
+            return cls.from_bytes(data)
+        except ValueError as error:
+            raise UserError(f"{where} is damaged", got=error, fix="run `jetway verify`, then restore or prepare again") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """What the manifest says of one shard."""
+
+    name: str
+    """`train-000000`; `tar_path` and `index_path` give its files."""
+    num_samples: int
+    num_bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Hex SHA-256 of the tar."""
+    index_sha256: str
+    """Hex SHA-256 of the index file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """The shards of `train` or of `heldout`; no shard serves both."""
+
+    num_samples: int = 0
+    shards: tuple[ShardInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """What every image of the data set is."""
+
+    resolution: int
+    """Height and width in pixels."""
+    channels: int
+    """1 (gray) or 3 (RGB)."""
+    extension: str
+    """`png`, `jpg` or `webp`: format of the bytes and suffix of the member."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerInfo:
+    """The SentencePiece model that belongs to the data set."""
+
+    file: str
+    sha256: str
+    num_pieces: int
+    """Vocabulary size: `model.text.num_pieces` of a run on this data set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What became of the input: read = kept + all of dropped."""
+
+    read: int
+    kept: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Samples dropped, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One immutable generation of a data set."""
+
+    generation: int
+    config: Mapping[str, Any]
+    """The resolved configuration that made it."""
+    config_hash: str
+    image: ImageInfo
+    splits: Mapping[str, Split]
+    """`train` and `heldout`; either may be empty."""
+    tokenizer: TokenizerInfo
+    counts: Counts
+
+    def to_bytes(self) -> bytes:
+        """The manifest as JSON, one shard a line, same bytes for the same content."""
+        return (json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Manifest":
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+            ValueError: not a manifest, or one of another format version.
+        """
+        try:
+            values = json.loads(data)
+            if values["format"] != FORMAT:
+                raise ValueError(f"format {values['format']!r}, this version reads {FORMAT!r}")
+            splits = {
+                name: Split(num_samples=split["num_samples"], shards=tuple(ShardInfo(**shard) for shard in split["shards"]))
+                for name, split in values["splits"].items()
+            }
+            return cls(
+                generation=values["generation"],
+                config=values["config"],
+                config_hash=values["config_hash"],
+                image=ImageInfo(**values["image"]),
+                splits=splits,
+                tokenizer=TokenizerInfo(**values["tokenizer"]),
+                counts=Counts(**values["counts"]),
+            )
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not a data-set manifest: {type(error).__name__} {error}") from error
+
+    def dump(self, storage: Storage) -> str:
+        """Publishes this generation; returns its path.
+
+        Raises:
+            UserError: this generation exists with other content (generations are immutable).
+        """
+        path, data = manifest_path(self.generation), self.to_bytes()
+        if storage.exists(path):
+            if storage.read_bytes(path) != data:
+                raise UserError(f"{storage.url}/{path} exists with other content", fix="choose another output")
+            return path
+        storage.put_bytes(path, data)
+        return path
+
+    @classmethod
+    def load(cls, storage: Storage, generation: int | None = None) -> "Manifest":
+        """Reads one generation; None is the newest.
+
+        Raises:
+            UserError: there is no data set, it is not finished, it lacks this generation, or the manifest is damaged.
+        """
+        found = generations(storage)
+        if not found:
+            half = bool(storage.list("shards/") or storage.exists("plan.json"))
+            raise UserError(
+                f"{storage.url} holds {'a half-written data set' if half else 'no data set'}",
+                expected="a folder with manifests/000001.json",
+                fix="run the same `jetway prep` again: it finishes what is there" if half else "write one with `jetway prep --input PATH --output DIR`",
+            )
+        if generation is not None and generation not in found:
+            raise UserError(f"{storage.url} has no generation {generation}", expected=f"one of {', '.join(map(str, found))}")
+        path = manifest_path(found[-1] if generation is None else generation)
+        try:
+            return cls.from_bytes(storage.read_bytes(path))
+        except ValueError as error:
+            raise UserError(f"{storage.url}/{path} is damaged or of another version", got=error, fix="restore it or prepare the data set again") from None
+
+
+def generations(storage: Storage) -> list[int]:
+    """Numbers of the published generations, ascending."""
+    names = (path.removeprefix("manifests/").removesuffix(".json") for path in storage.list("manifests/"))
+    return sorted(int(name) for name in names if name.isdecimal())
