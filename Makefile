@@ -1,0 +1,55 @@
+# Every target sets up what it needs: a fresh machine wants only Python (3.10 to 3.13, with venv), make and git.
+#   make demo    train, resume, evaluate, sample and caption with a small JetFormer on this machine
+#   make test    the default test suite (CPU only)
+#   make check   format, lint, types, architecture: seconds
+#   make bench   measurements (tests/benchmarks)
+#   make env     the environment in .venv, made once and again when setup.py changes
+# Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0; a local wheel or an index of CPU builds is taken when pip knows one),
+# ARGS (more arguments for demo and test, e.g. make test ARGS="-k flow").
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PACKAGES := configs data_prep launch model pipeline
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check format bench clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Jetway needs Python 3.10 or newer: make env PYTHON=python3.11")'
+	@echo "Making the environment in $(VENV) (once; a few minutes of downloads)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install '$(TORCH)'
+	@$(PIP) install -e '.[dev,demo,s3]'
+	@touch $@
+
+demo: env
+	@$(BIN)/jetway demo $(ARGS)
+
+test: env
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: env
+	$(BIN)/ruff format --check $(PACKAGES) tests setup.py
+	$(BIN)/ruff check $(PACKAGES) tests setup.py
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: env
+	$(BIN)/ruff format $(PACKAGES) tests setup.py
+	$(BIN)/ruff check --fix $(PACKAGES) tests setup.py
+
+bench: env
+	@set -e; for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
