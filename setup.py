@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.4.3",
     "pyarrow>=15.0",
     "tqdm>=4.66",
+    "packaging>=23.0",
 ]
 
 EXTRAS = {
