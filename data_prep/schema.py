@@ -34,14 +34,14 @@ MEMBERS = ("image", "txt", "json")
 TOKENIZER_FILE = "tokenizer.model"
 
 
-def tar_path(shard: str) -> str:
+def tar_path(shard: str, folder: str = "shards") -> str:
     """Path of a shard's tar inside the data set."""
-    return f"shards/{shard}.tar"
+    return f"{folder}/{shard}.tar"
 
 
-def index_path(shard: str) -> str:
+def index_path(shard: str, folder: str = "shards") -> str:
     """Path of a shard's index inside the data set."""
-    return f"shards/{shard}.idx.npz"
+    return f"{folder}/{shard}.idx.npz"
 
 
 def manifest_path(generation: int) -> str:
@@ -105,22 +105,22 @@ class ShardIndex:
         except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"not a shard index: {error}") from error
 
-    def dump(self, storage: Storage, shard: str) -> str:
+    def dump(self, storage: Storage, shard: str, *, folder: str = "shards") -> str:
         """Publishes the index of `shard`; returns the hex SHA-256 of the file."""
         data = self.to_bytes()
-        storage.put_bytes(index_path(shard), data)
+        storage.put_bytes(index_path(shard, folder), data)
         return hashlib.sha256(data).hexdigest()
 
     @classmethod
-    def load(cls, storage: Storage, shard: str, *, sha256: str | None = None) -> "ShardIndex":
+    def load(cls, storage: Storage, shard: str, *, sha256: str | None = None, folder: str = "shards") -> "ShardIndex":
         """Reads the index of `shard`, and checks it against `ShardInfo.index_sha256` when that is given.
 
         Raises:
             UserError: the index is missing, damaged, or another one than the manifest names.
         """
-        where = f"{storage.url}/{index_path(shard)}"
+        where = f"{storage.url}/{index_path(shard, folder)}"
         try:
-            data = storage.read_bytes(index_path(shard))
+            data = storage.read_bytes(index_path(shard, folder))
         except FileNotFoundError:
             raise UserError(f"{where} is missing", expected="the index of a shard that the manifest names", fix="run `jetway verify`") from None
         if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
@@ -254,19 +254,19 @@ class Manifest:
         """
         found = generations(storage)
         if not found:
-            half = bool(storage.list("shards/") or storage.exists("plan.json"))
-            raise UserError(
-                f"{storage.url} holds {'a half-written data set' if half else 'no data set'}",
-                expected="a folder with manifests/000001.json",
-                fix="run the same `jetway prep` again: it finishes what is there" if half else "write one with `jetway prep --input PATH --output DIR`",
-            )
+            expected = "a folder with manifests/000001.json"
+            if storage.exists("plan.json") or storage.list("shards/"):
+                fix = "run the same `jetway prep` again: it finishes what is there"
+                raise UserError(f"{storage.url} holds a half-written data set", expected=expected, fix=fix)
+            raise UserError(f"{storage.url} holds no data set", expected=expected, fix="write one with `jetway prep --input PATH --output DIR`")
         if generation is not None and generation not in found:
             raise UserError(f"{storage.url} has no generation {generation}", expected=f"one of {', '.join(map(str, found))}")
         path = manifest_path(found[-1] if generation is None else generation)
         try:
             return cls.from_bytes(storage.read_bytes(path))
         except ValueError as error:
-            raise UserError(f"{storage.url}/{path} is damaged or of another version", got=error, fix="restore it or prepare the data set again") from None
+            fix = "restore it or prepare the data set again"
+            raise UserError(f"{storage.url}/{path} is damaged or of another version", got=error, fix=fix) from None
 
 
 def generations(storage: Storage) -> list[int]:

@@ -131,7 +131,7 @@ class LocalStorage(Storage):
 
     def scratch(self) -> Path:
         folder = self.root / TEMPORARY
-        with _clear_errors(self.url):
+        with writing(self.url):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -148,7 +148,7 @@ class LocalStorage(Storage):
         final = self._path(path)
         temporary = self.scratch() / f"{final.name}.{os.getpid()}.{secrets.token_hex(6)}"
         try:
-            with _clear_errors(f"{self.url}/{path}"):
+            with writing(f"{self.url}/{path}"):
                 yield temporary
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())
@@ -196,11 +196,11 @@ class ObjectStorage(Storage):
         return self.fs.cat_file(self._path(path), start=offset, end=offset + size) if size else b""
 
     def put_bytes(self, path: str, data: bytes) -> None:
-        with _clear_errors(f"{self.url}/{path}"):
+        with writing(f"{self.url}/{path}"):
             self.fs.pipe_file(self._path(path), data)
 
     def put_file(self, local: str | os.PathLike[str], path: str, *, move: bool = False) -> None:
-        with _clear_errors(f"{self.url}/{path}"):
+        with writing(f"{self.url}/{path}"):
             self.fs.put_file(os.fspath(local), self._path(path))
         if move:
             Path(local).unlink()
@@ -240,8 +240,8 @@ def _checked(path: str) -> str:
 
 
 @contextmanager
-def _clear_errors(target: str) -> Iterator[None]:
-    """Turns the write errors that a user can mend into `UserError`; lets the others through."""
+def writing(target: str) -> Iterator[None]:
+    """Around code that writes files: turns the write errors that a user can mend into `UserError`; lets the others through."""
     try:
         yield
     except OSError as error:
