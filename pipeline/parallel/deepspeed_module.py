@@ -1,0 +1,57 @@
+"""DeepSpeed's PipelineModule, told exactly one thing per stage: run this module. Imports DeepSpeed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+
+from pipeline.parallel.stage import PipelineStage
+
+
+class Prebuilt(nn.Module):
+    """A stage that exists already, in the shape that DeepSpeed's LayerSpec can build."""
+
+    def __init__(self, stage: PipelineStage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, edge: Tensor) -> Tensor:
+        """The outgoing edge, or the loss."""
+        return self.stage(edge)
+
+
+class OneModulePerStage(PipelineModule):
+    """One composite module per stage, cut beforehand (DeepSpeed has no partition method with explicit bounds).
+
+    It also sums, once per step, the gradients of parameters of which each tensor-parallel rank saw a share of the examples.
+    """
+
+    def __init__(self, layers: Sequence[Any], *, topology: Any, dynamic_shape: bool, tensor_group: Any) -> None:
+        super().__init__(layers=list(layers), topology=topology, loss_fn=None, partition_method="uniform", dynamic_shape=dynamic_shape)
+        self._tensor_group = tensor_group
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """DeepSpeed's hook for gradients to be summed before the data-parallel reduction.
+
+        It would all-reduce the listed parameters one by one; the flow has thousands of small ones, so they are summed here
+        in one bucket per dtype, and the list is empty.
+        """
+        if self._tensor_group is not None:
+            _sum_gradients([p for p in self.parameters() if getattr(p, "partial_gradient", False)], self._tensor_group)
+        return []
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
+    # With bf16 parameters the step's gradient is in DeepSpeed's fp32 accumulator.
+    gradients = [
+        gradient.view(-1) for p in parameters if (gradient := getattr(p, "_hp_grad", None) if p.dtype != torch.float32 else p.grad) is not None
+    ]
+    assert len(gradients) == len(parameters), "a parameter of the flow got no gradient: its peers would wait for it"
+    if not gradients:
+        return
+    bucket = torch.cat(gradients)
+    dist.all_reduce(bucket, group=group)
+    torch._foreach_copy_(gradients, list(bucket.split([gradient.numel() for gradient in gradients])))

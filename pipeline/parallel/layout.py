@@ -1,0 +1,201 @@
+"""Ranks to (pipe, data, tensor) coordinates, the process groups, and the device.
+
+Tensor varies fastest, then data, then pipe: rank = (pipe * data_degree + data) * tensor_degree + tensor. That is the order of
+both DeepSpeed's PipeModelDataParallelTopology and Megatron's parallel_state, so tensor-parallel peers sit on one node.
+"""
+
+import datetime
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+from model.parallel import TensorParallel
+from pipeline.config import RunConfig
+from pipeline.parallel.environment import ProcessEnvironment
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+"""After this a collective that a dead peer never joins raises, instead of hanging for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tensor: int
+    """Tensor-parallel degree."""
+    data: int
+    """Data-parallel degree."""
+    pipe: int
+    """Pipeline degree."""
+    device: torch.device
+    tensor_group: Any = field(default=None, repr=False)
+    """Process group of the ranks that share every layer; None with degree 1."""
+
+    @property
+    def tensor_rank(self) -> int:
+        """Coordinate on the tensor axis."""
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Coordinate on the data axis."""
+        return self.rank // self.tensor % self.data
+
+    @property
+    def stage(self) -> int:
+        """Coordinate on the pipe axis: which stage this rank runs."""
+        return self.rank // (self.tensor * self.data)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether images enter here."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.stage == self.pipe - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the console and the run's files."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the whole model sits in this process (tensor and pipeline degree 1)."""
+        return self.tensor == self.pipe == 1
+
+    def neighbour(self, offset: int) -> int:
+        """Global rank with the same data and tensor coordinates, `offset` stages later."""
+        return self.rank + offset * self.tensor * self.data
+
+    @property
+    def tensor_parallel(self) -> TensorParallel:
+        """What the model's layers are built with."""
+        return TensorParallel(size=self.tensor, rank=self.tensor_rank, group=self.tensor_group)
+
+    @property
+    def name(self) -> str:
+        """For logs, e.g. `tp2 pp1 dp4`."""
+        return f"tp{self.tensor} pp{self.pipe} dp{self.data}"
+
+
+def check_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """Refuses a world size, batch or layout that cannot work, before anything heavy starts.
+
+    Returns:
+        (examples per micro-batch, micro-batches per step) of one data-parallel rank.
+
+    Raises:
+        UserError: naming the numbers that do not fit and what to change.
+    """
+    try:
+        micro_batch_size, num_micro_batches = config.micro_batches(world_size)
+    except ValueError as error:
+        raise UserError(
+            "the run does not fit the number of processes", got=str(error), fix="change parallel.*, data.* or the number of processes"
+        ) from None
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but no CUDA device is visible", fix="set device=cpu, or run `jetway doctor`")
+    return micro_batch_size, num_micro_batches
+
+
+def choose_device(config: RunConfig, local_rank: int, world_size: int) -> torch.device:
+    """cuda:local_rank where CUDA is wanted and present, else the CPU.
+
+    Raises:
+        UserError: more processes on this node than GPUs.
+    """
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            "more processes on this node than GPUs",
+            got=f"local rank {local_rank} of {world_size} processes",
+            expected=f"at most {torch.cuda.device_count()} per node",
+            fix="start fewer processes, or set device=cpu",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = None) -> Layout:
+    """Joins the process group (gloo on CPU, nccl on CUDA) and finds this rank's place in it.
+
+    Raises:
+        UserError: the configuration does not fit the processes, see `check_layout` and `choose_device`.
+    """
+    environment = environment or ProcessEnvironment.detect()
+    check_layout(config, environment.world_size)
+    device = choose_device(config, environment.local_rank, environment.world_size)
+    environment.export()
+    # DeepSpeed decides between CPU and CUDA once, when it is first imported.
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if environment.master_addr is None:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(
+                backend, init_method="env://", rank=environment.rank, world_size=environment.world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+    tensor, pipe = config.parallel.tensor, config.parallel.pipeline
+    return Layout(
+        rank=environment.rank,
+        world_size=environment.world_size,
+        local_rank=environment.local_rank,
+        tensor=tensor,
+        data=config.data_parallel_degree(environment.world_size),
+        pipe=pipe,
+        device=device,
+        tensor_group=_megatron_tensor_group(tensor, pipe) if tensor > 1 else None,
+    )
+
+
+def teardown_layout(layout: Layout) -> None:
+    """Leaves the process group, at the end of a run that went well."""
+    if layout.tensor > 1:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _megatron_tensor_group(tensor: int, pipe: int) -> Any:
+    """Initialises Megatron's parallel state, so that its layers and helpers agree with ours, and takes the group from it."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipe)
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def assert_same_grid(layout: Layout, grid: Any) -> None:
+    """DeepSpeed's grid, Megatron's state and `layout` must name the same ranks: a mix-up would train silently wrong."""
+    assert grid.get_stage_id() == layout.stage, (grid.get_stage_id(), layout)
+    assert grid.get_data_parallel_rank() == layout.data_rank, (grid.get_data_parallel_rank(), layout)
+    assert grid.get_slice_parallel_rank() == layout.tensor_rank, (grid.get_slice_parallel_rank(), layout)
+    first = layout.rank - layout.tensor_rank
+    assert list(grid.slice_group) == list(range(first, first + layout.tensor)), (grid.slice_group, layout)
+    if layout.tensor > 1:
+        from megatron.core import parallel_state
+
+        assert dist.get_process_group_ranks(layout.tensor_group) == list(grid.slice_group)
+        assert parallel_state.get_data_parallel_rank() == layout.data_rank
+        assert parallel_state.get_pipeline_model_parallel_rank() == layout.stage

@@ -1,0 +1,165 @@
+"""Training state out of, and back into, DeepSpeed's flat ZeRO-1 partitions, under global names.
+
+DeepSpeed flattens the parameters of each optimiser group and gives every data-parallel rank a range of it in fp32 (the
+master) with its two moments. `param._hp_mapping` says which part of a parameter's own elements this rank holds and where.
+The checkpoint stores such parts with their place in the global tensor, so any layout reads any other's.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.parallel import global_shape, shard_of
+from pipeline.checkpoint.format import Fragment
+from pipeline.optim import WeightAverage
+from pipeline.parallel.layout import Layout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TensorReader(Protocol):
+    """What loading needs of an open checkpoint."""
+
+    def read(
+        self,
+        name: str,
+        shard_dim: int | None = None,
+        shard_start: int = 0,
+        shard_size: int | None = None,
+        flat_start: int = 0,
+        flat_len: int | None = None,
+    ) -> Tensor:
+        """A 1-D tensor: `flat_len` elements of the flattened slice of a stored tensor, whatever fragments it is stored in."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Owned:
+    """The part of one parameter whose master this rank holds."""
+
+    name: str
+    parameter: nn.Parameter
+    group: int
+    """Index of the optimiser group."""
+    group_start: int
+    """Where the part starts in the group's flat partition."""
+    flat_start: int
+    """Where it starts in the flattened parameter."""
+    numel: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part's view of a tensor laid out like the group's partition."""
+        return flat.detach().narrow(0, self.group_start, self.numel)
+
+
+class ZeroState:
+    """Masters, Adam moments and the weight average of one rank's stage, as fragments of global tensors."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, layout: Layout, average_decay: float | None = None) -> None:
+        """Wraps what DeepSpeed has built.
+
+        Args:
+            module: the stage, its parameters under global names.
+            optimizer: the engine's ZeRO-1 or bf16 optimiser.
+            average_decay: keep a moving average of the weights with this decay.
+        """
+        self._module, self._optimizer, self._layout = module, optimizer, layout
+        base = optimizer.optimizer
+        self._masters: list[Tensor] = [group["params"][0] for group in base.param_groups]
+        for master in self._masters:
+            _create_adam_state(base.state, master)
+        self._states: list[dict[str, Tensor]] = [base.state[master] for master in self._masters]
+        self.average = WeightAverage(self._masters, average_decay) if average_decay is not None else None
+        self._owned = list(self._find_owned())
+
+    @property
+    def adam_step(self) -> int:
+        """Updates that Adam has made."""
+        return int(self._states[0]["step"].item()) if self._states else 0
+
+    def fragments(self) -> list[Fragment]:
+        """Everything of this rank that a checkpoint must hold, without copies: the caller writes before it trains on."""
+        fragments = []
+        for owned in self._owned:
+            shard = shard_of(owned.parameter)
+            if shard is None and self._layout.tensor_rank > 0:
+                continue  # tensor-parallel peers hold the same
+            for kind, flat in self._kinds(owned.group):
+                fragments.append(
+                    Fragment(
+                        name=f"{kind}/{owned.name}",
+                        global_shape=global_shape(owned.parameter),
+                        tensor=owned.of(flat),
+                        flat_start=owned.flat_start,
+                        **({} if shard is None else {"shard_dim": shard.dim, "shard_start": shard.start, "shard_size": shard.size}),
+                    )
+                )
+        if self._layout.tensor_rank == self._layout.data_rank == 0:
+            fragments += [Fragment.whole(f"buffer/{name}", buffer) for name, buffer in self._module.named_buffers()]
+        return fragments
+
+    @torch.no_grad()
+    def load(self, reader: TensorReader, *, adam_step: int, has_average: bool) -> None:
+        """Fills masters, moments, average and buffers from a checkpoint of any layout, and refreshes the model's parameters.
+
+        Args:
+            adam_step: updates that Adam had made.
+            has_average: the checkpoint holds a weight average; if not, ours starts from the loaded weights.
+
+        Raises:
+            KeyError, ValueError: the checkpoint lacks a tensor or holds it in another shape.
+        """
+        for owned in self._owned:
+            self._load_owned(owned, reader, has_average)
+        for state in self._states:
+            state["step"].fill_(adam_step)
+        for name, buffer in self._module.named_buffers():
+            buffer.copy_(reader.read(f"buffer/{name}").view(buffer.shape))
+        if self.average is not None and not has_average:
+            self.average.restart()
+        # Copies each rank's masters into its share of the (bf16 or fp32) parameters and gathers the other shares.
+        self._optimizer.update_lp_params()
+
+    def _load_owned(self, owned: _Owned, reader: TensorReader, has_average: bool) -> None:
+        shard = shard_of(owned.parameter)
+        place = {} if shard is None else {"shard_dim": shard.dim, "shard_start": shard.start, "shard_size": shard.size}
+        for kind, flat in self._kinds(owned.group):
+            if kind == "ema" and not has_average:
+                continue
+            target = owned.of(flat)
+            target.copy_(reader.read(f"{kind}/{owned.name}", flat_start=owned.flat_start, flat_len=owned.numel, **place))
+
+    def _kinds(self, group: int) -> Iterator[tuple[str, Tensor]]:
+        """(kind, flat tensor laid out like the group's master) of all that is stored per parameter."""
+        yield "param", self._masters[group]
+        for moment in MOMENTS:
+            yield moment, self._states[group][moment]
+        if self.average is not None:
+            yield "ema", self.average.values[group]
+
+    def _find_owned(self) -> Iterator[_Owned]:
+        for name, parameter in self._module.named_parameters():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # wholly in another data-parallel rank's range
+                continue
+            place = mapping.get_hp_fragment_address()
+            yield _Owned(
+                name=name,
+                parameter=parameter,
+                group=mapping.param_group_index,
+                group_start=place.start,
+                flat_start=mapping.lp_fragment_address.start,
+                numel=place.numel,
+            )
+
+
+def _create_adam_state(states: Mapping[Tensor, dict[str, Tensor]], master: Tensor) -> None:
+    """What AdamW makes at its first step, made now: a checkpoint can be written before, and loaded without, a step."""
+    state = states[master]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
