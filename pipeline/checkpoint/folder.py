@@ -1,10 +1,10 @@
 """The folder `RUN/checkpoints`: names, the `latest` pointer, leftovers of killed saves, retention, quarantine.
 
-    step_00001000/              a committed checkpoint; never changes
-    step_00002000.tmp-ID/       one being written (or deleted), with step_00002000.tmp-ID.lock held by its writer for as long as it lives
-    step_00001000.replaced-ID/  an older one of the same step, for the instant between two renames
-    step_00001000.corrupt/      failed verification; kept for inspection, never read again
-    latest                      the name of the newest committed one
+step_00001000/              a committed checkpoint; never changes
+step_00002000.tmp-ID/       one being written (or deleted), with step_00002000.tmp-ID.lock held by its writer for as long as it lives
+step_00001000.replaced-ID/  an older one of the same step, for the instant between two renames
+step_00001000.corrupt/      failed verification; kept for inspection, never read again
+latest                      the name of the newest committed one
 """
 
 import contextlib

@@ -256,4 +256,3 @@ def open_latest(run_dir: Path | str, *, group: Any = None, repair: bool = True) 
             fix="restore one from a copy, or delete these folders to start again from step 0",
         )
     return None
-
