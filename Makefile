@@ -29,7 +29,7 @@ $(VENV)/.installed: setup.py
 	@echo "Making the environment in $(VENV) (once; a few minutes of downloads)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install '$(TORCH)'
-	@$(PIP) install -e '.[dev,demo,s3]'
+	@PYTHONWARNINGS=ignore $(PIP) install -e '.[dev,demo,s3]'
 	@touch $@
 
 demo: env
