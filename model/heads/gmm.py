@@ -1,0 +1,86 @@
+"""Image head: a mixture of diagonal Gaussians over soft tokens, its components split over tensor-parallel ranks (spec 1.7).
+
+Letters: n examples, I image tokens, N tokens flattened, D width, K mixtures (of this rank), d soft channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.config import JetFormerConfig
+from model.kernels.gmm_nll.interface import linear_gmm_logsumexp, positive_scale
+from model.parallel import TensorParallel, copy_to_ranks, logsumexp_over_ranks, sharded_parameter, sum_over_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Parameters of one mixture per token, fp32."""
+
+    logits: Tensor
+    """[..., K], unnormalised."""
+    loc: Tensor
+    """[..., K, d]."""
+    scale: Tensor
+    """[..., K, d], positive."""
+
+
+class GmmHead(nn.Module):
+    """Dense D -> K * (1 + 2d) and the mixture's negative log-likelihood.
+
+    Rows of mixture k: logit_weight[k], component_weight[k, 0] (means) and component_weight[k, 1] (raw scales).
+    """
+
+    def __init__(self, config: JetFormerConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        width, mixtures, soft_dim = config.decoder.width, config.gmm.num_mixtures, config.gmm.soft_dim
+        self.logit_weight = sharded_parameter((mixtures, width), tp)
+        self.logit_bias = sharded_parameter((mixtures,), tp)
+        self.component_weight = sharded_parameter((mixtures, 2, soft_dim, width), tp)
+        self.component_bias = sharded_parameter((mixtures, 2, soft_dim), tp)
+
+    def nll(self, hidden: Tensor, soft: Tensor) -> Tensor:
+        """-log p(soft): hidden [n, I, D], fp32 soft [n, I, d] -> fp32 nats [n, I]; differentiable in both."""
+        joint, logits = linear_gmm_logsumexp(
+            copy_to_ranks(hidden, self.tp).flatten(0, 1),
+            copy_to_ranks(soft, self.tp).flatten(0, 1),
+            (self.logit_weight, self.logit_bias, self.component_weight, self.component_bias),
+        )
+        return (logsumexp_over_ranks(logits, self.tp) - logsumexp_over_ranks(joint, self.tp)).view(soft.shape[:2])
+
+    def mixture(self, hidden: Tensor) -> Mixture:
+        """All parameters of this rank's components: hidden [..., D] -> K and d as in `Mixture`. Large: for small models and parity."""
+        hidden = hidden.to(self.logit_weight.dtype)
+        mixtures, _, soft_dim, width = self.component_weight.shape
+        raw = functional.linear(hidden, self.component_weight.reshape(-1, width), self.component_bias.flatten()).float()
+        loc, raw_scale = raw.view(*hidden.shape[:-1], mixtures, 2, soft_dim).unbind(-2)
+        return Mixture(self.mixture_logits(hidden), loc, positive_scale(raw_scale))
+
+    def mixture_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> fp32 [..., K]."""
+        return functional.linear(hidden.to(self.logit_weight.dtype), self.logit_weight, self.logit_bias).float()
+
+    def component(self, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of one chosen component per token, computing 2d rows of the head instead of 2Kd (spec 1.14).
+
+        Args:
+            hidden: [N, D]; index: int64 [N].
+
+        Returns:
+            (loc, scale), fp32 [N, d] each.
+        """
+        weight, bias = self.component_weight[index], self.component_bias[index]
+        raw = torch.einsum("nrdw,nw->nrd", weight, hidden.to(weight.dtype)).float() + bias.float()
+        loc, raw_scale = raw.unbind(1)
+        return loc, positive_scale(raw_scale)
+
+    @torch.no_grad()
+    def effective_components(self, hidden: Tensor) -> Tensor:
+        """exp(entropy of the mixture weights) per token: [n, I, D] -> fp32 [n, I]."""
+        logits = self.mixture_logits(hidden)
+        normaliser = logsumexp_over_ranks(torch.logsumexp(logits, dim=-1), self.tp)
+        weights = torch.exp(logits - normaliser.unsqueeze(-1))
+        mean_logit = sum_over_ranks((weights * logits).sum(-1), self.tp)
+        return torch.exp(normaliser - mean_logit)
