@@ -55,28 +55,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--traceback"]
     logging.basicConfig(level=os.environ.get("JETWAY_LOG_LEVEL", "INFO").upper(), format="%(message)s", stream=sys.stderr)
     try:
-        return _dispatch(arguments)
-    except UserError as error:
-        message = f"jetway: {error}"
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("configs", "data_prep", "launch", "model", "pipeline"):
-            raise  # a broken installation of ours, not a package that the user left out
-        message = f"jetway: the package {error.name!r} is not installed\n  to fix: `jetway doctor` lists what is missing and how to install it"
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            # The reader of our output has left (`jetway stats DATA | head`). Python flushes stdout once more at exit: give it somewhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"jetway: no space left\n  got: {error}\n  to fix: free some space, or choose another folder, and run the same command again"
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # a reader that has left shows here rather than at exit
     except KeyboardInterrupt:
         print("\njetway: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if show_traceback:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # `jetway stats DATA | head` is no error. Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, ModuleNotFoundError, OSError) as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        print(f"jetway: {message}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return code
+
+
+def _explain(error: UserError | ModuleNotFoundError | OSError) -> str | None:
+    """The message for an error that the user can mend; None for one of ours, whose stack we want to see."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").split(".")[0] in ("configs", "data_prep", "launch", "model", "pipeline"):
+            return None
+        return f"the package {error.name!r} is not installed\n  to fix: `jetway doctor` lists what is missing and how to install it"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left\n  got: {error}\n  to fix: free some space, or choose another folder, and run the same command again"
+    return None
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -91,7 +100,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if verb is None:
         names = [verb.name for verb in VERBS]
         close = difflib.get_close_matches(name, names, n=1)
-        raise UserError("unknown verb", got=name, expected=", ".join(names), fix=f"did you mean `jetway {close[0]}`?" if close else "see `jetway --help`")
+        raise UserError(
+            "unknown verb", got=name, expected=", ".join(names), fix=f"did you mean `jetway {close[0]}`?" if close else "see `jetway --help`"
+        )
     return int(importlib.import_module(verb.module).main(rest))
 
 
@@ -100,7 +111,11 @@ def usage() -> str:
     lines = ["usage: jetway VERB [arguments]", "", "Pretrain JetFormer: one autoregressive model over text and raw pixels."]
     for group in dict.fromkeys(verb.group for verb in VERBS):
         lines += ["", f"{group}:", *(f"  {verb.name:<10} {verb.help}" for verb in VERBS if verb.group == group)]
-    lines += ["", "`jetway VERB --help` explains one verb; `--dry-run` shows what it would do and writes nothing.", "`--traceback` shows the stack of an error."]
+    lines += [
+        "",
+        "`jetway VERB --help` explains one verb; `--dry-run` shows what it would do and writes nothing.",
+        "`--traceback` shows the stack of an error.",
+    ]
     return "\n".join(lines)
 
 

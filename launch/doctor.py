@@ -76,9 +76,16 @@ LIBRARIES = (
     Library(distribution="pydantic", probe="import pydantic"),
     Library(distribution="wandb", probe="import wandb"),
     Library(distribution="s3fs", probe="import s3fs", required=False, adds="data sets and shards on S3 (s3://...)", extra="s3"),
-    Library(distribution="scikit-learn", probe="import sklearn.datasets", required=False, adds="`jetway demo`: its digits and their judge", extra="demo"),
+    Library(
+        distribution="scikit-learn", probe="import sklearn.datasets", required=False, adds="`jetway demo`: its digits and their judge", extra="demo"
+    ),
     Library(distribution="triton", probe="import triton", required=False, adds="fused GPU kernels", extra="gpu"),
-    Library(distribution="transformer-engine", probe="import transformer_engine.pytorch", required=False, adds="FP8 and fused layers on Hopper and newer GPUs"),
+    Library(
+        distribution="transformer-engine",
+        probe="import transformer_engine.pytorch",
+        required=False,
+        adds="FP8 on Hopper and newer GPUs",
+    ),
     Library(distribution="flash-attn", probe="import flash_attn", required=False, adds="attention kernels beside those of torch"),
     Library(distribution="liger-kernel", probe="import liger_kernel", required=False, adds="fused losses and norms to compare ours with"),
 )
@@ -88,13 +95,27 @@ _APEX_PROBE = "from apex.optimizers import FusedAdam\nimport fused_weight_gradie
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway doctor`: 0 when all that is required works, 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="jetway doctor", description="Report what is installed, what is optional, what is wrong and how to mend it.")
+    parser = argparse.ArgumentParser(prog="jetway doctor", description="Report what is installed, what is optional and what is wrong.")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--dry-run", action="store_true", help="name the checks and run none")
     parser.add_argument("--output-dir", default=".", help="folder whose disk is looked at (default: the current one)")
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
-        print("\n".join(["python", *(library.distribution for library in LIBRARIES), "apex", "gpu driver", "wandb login", "disk", "shared memory", "cpu", "git"]))
+        print(
+            "\n".join(
+                [
+                    "python",
+                    *(library.distribution for library in LIBRARIES),
+                    "apex",
+                    "gpu driver",
+                    "wandb login",
+                    "disk",
+                    "shared memory",
+                    "cpu",
+                    "git",
+                ]
+            )
+        )
         return 0
     findings = examine(Path(arguments.output_dir))
     if arguments.json:
@@ -165,8 +186,6 @@ def _required_versions() -> dict[str, Requirement]:
 
 def _python() -> Finding:
     detail = f"{platform.python_version()} at {sys.executable}"
-    if sys.version_info < (3, 10):
-        return Finding(name="python", status="wrong", detail=detail, fix="make env PYTHON=python3.11")
     return Finding(name="python", status="ok", detail=detail)
 
 
@@ -179,7 +198,7 @@ def _apex() -> Finding:
     try:
         version = importlib.metadata.version("apex")
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name="apex", status="absent", detail="not installed", adds=adds, fix="build it from NVIDIA's repository (not from the package index)")
+        return Finding(name="apex", status="absent", detail="not installed", adds=adds, fix="build it from NVIDIA's repository")
     detail = f"{version} is another package of that name, or built without its CUDA extensions ({error})"
     return Finding(name="apex", status="note", detail=detail, adds=adds, fix="pip uninstall apex, then build NVIDIA's from its repository")
 
@@ -190,7 +209,7 @@ def _gpu_driver() -> Finding:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return Finding(name="gpu driver", status="wrong", detail=(done.stderr or done.stdout).strip(), fix="reload the driver, or ask whoever runs this machine")
+        return Finding(name="gpu driver", status="wrong", detail=(done.stderr or done.stdout).strip(), fix="reload the driver")
     _, error = probe("import torch\nassert torch.cuda.is_available(), f'torch {torch.__version__} sees no GPU'")
     gpus = "; ".join(done.stdout.strip().splitlines())
     if error:
@@ -219,7 +238,7 @@ def _disk(folder: Path) -> Finding:
     if not os.access(existing, os.W_OK):
         return Finding(name="disk", status="wrong", detail=f"{existing} is not writable", fix="choose another output_dir")
     if free < MIN_DISK_GIB:
-        return Finding(name="disk", status="note", detail=f"{detail}: little for data sets and checkpoints", fix="free some space or choose another output_dir")
+        return Finding(name="disk", status="note", detail=f"{detail}: little for data and checkpoints", fix="choose another output_dir")
     return Finding(name="disk", status="ok", detail=detail)
 
 
@@ -255,7 +274,9 @@ def _report(findings: Sequence[Finding]) -> str:
         if finding.adds and finding.status != "ok":
             lines.append(f"{'':8}{'':<{width}}  would add: {finding.adds}")
         if finding.fix:
-            lines.append(f"{'':8}{'':<{width}}  to fix: {finding.fix}" if finding.status != "absent" else f"{'':8}{'':<{width}}  to add: {finding.fix}")
+            lines.append(
+                f"{'':8}{'':<{width}}  to fix: {finding.fix}" if finding.status != "absent" else f"{'':8}{'':<{width}}  to add: {finding.fix}"
+            )
     wrong = [finding.name for finding in findings if finding.status == "wrong"]
     lines += ["", f"{len(wrong)} thing(s) wrong: {', '.join(wrong)}" if wrong else "Nothing is wrong."]
     return "\n".join(lines)

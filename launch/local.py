@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped configuration such as train/digits")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file, e.g. parallel.processes=4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, layout, parameters and FLOPs; start and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, layout, parameters and FLOPs; start and write nothing")
     return parser
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch import cli
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "data_prep", "launch", "model", "pipeline")
 
@@ -103,7 +105,9 @@ def test_each_library_stays_in_its_rooms() -> None:
 
 def test_login_node_modules_import_without_torch() -> None:
     """One process imports all that a login node or a data node runs: torch must not arrive, not even through another module."""
-    light = [path for path in source_files() if path.relative_to(REPOSITORY).parts[0] in ("configs", "data_prep", "launch") or path.name == "config.py"]
+    light = [
+        path for path in source_files() if path.relative_to(REPOSITORY).parts[0] in ("configs", "data_prep", "launch") or path.name == "config.py"
+    ]
     program = f"import sys, importlib\nfor name in {[module_name(path) for path in light]!r}:\n    importlib.import_module(name)\n"
     program += "    assert 'torch' not in sys.modules, name + ' imports torch'\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -146,16 +150,12 @@ def test_no_module_hides_a_stdlib_one() -> None:
 
 
 def test_set_of_verbs_is_frozen() -> None:
-    from launch.cli import VERBS as offered
-
-    assert tuple(verb.name for verb in offered) == VERBS
+    assert tuple(verb.name for verb in cli.VERBS) == VERBS
 
 
 def test_each_verb_has_an_entry_function() -> None:
     """Read with ast, so that the check costs no import of torch."""
-    from launch.cli import VERBS as offered
-
-    for verb in offered:
+    for verb in cli.VERBS:
         path = REPOSITORY / (verb.module.replace(".", "/") + ".py")
         functions = {node.name: node for node in parse(path).body if isinstance(node, ast.FunctionDef)}
         assert "main" in functions, f"jetway {verb.name}: {relative(path)} has no main()"
