@@ -73,4 +73,29 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
     try:
         config.micro_batches(world_size)
     except ValueError as error:
-        raise UserError("the processes do not fit the configuration", got=error) from None
+        fix = "change the number of processes, parallel.tensor, parallel.pipeline, data.global_batch_size or data.micro_batch_size"
+        raise UserError("the processes do not fit the configuration", got=error, fix=fix) from None
+
+
+def _cost_lines(config: RunConfig) -> list[str]:
+    """Parameters and FLOPs from the configuration alone; the stages from the layer list that the engine will cut."""
+    from model.flops import count_parameters, forward_flops, training_flops
+
+    counts = count_parameters(config.model)
+    lines = [
+        f"parameters   {counts.total:,} = {counts.transformer:,} transformer + {counts.flow:,} flow",
+        f"FLOPs        {forward_flops(config.model) / 1e9:,.3g} G forward, {training_flops(config.model) / 1e9:,.3g} G per training example",
+        f"whole run    {training_flops(config.model) * config.data.global_batch_size * config.total_steps:.3g} FLOPs, recomputation not counted",
+    ]
+    if config.parallel.pipeline == 1:
+        return lines
+    from model.layers import layer_specs
+    from pipeline.parallel.partition import partition, stage_costs
+
+    specs = layer_specs(config.model)
+    costs = [spec.training_flops for spec in specs]
+    bounds = partition(costs, config.parallel.pipeline)
+    for stage, cost in enumerate(stage_costs(costs, bounds)):
+        first, last = specs[bounds[stage]].name, specs[bounds[stage + 1] - 1].name
+        lines.append(f"stage {stage:<6} {first} .. {last}: {cost / sum(costs):.1%} of the FLOPs")
+    return lines
