@@ -13,9 +13,7 @@ LAYOUTS = [(dp, micro) for dp in (1, 2, 3, 4, 6, 12) for micro in (1, 2, 3, 4, 6
 def test_a_step_is_partitioned_over_ranks_and_micro_batches(dp_degree, micro_batch_size, origin):
     plan = BatchPlan(global_batch_size=24, dp_degree=dp_degree, micro_batch_size=micro_batch_size, origin=origin)
     for step in (0, 1, 10**9):
-        parts = [
-            plan.positions(step, dp_rank=rank, micro_batch=number) for rank in range(dp_degree) for number in range(plan.num_micro_batches)
-        ]
+        parts = [plan.positions(step, dp_rank=rank, micro_batch=number) for rank in range(dp_degree) for number in range(plan.num_micro_batches)]
         assert {len(part) for part in parts} == {micro_batch_size}
         start = origin + step * 24
         np.testing.assert_array_equal(np.concatenate(parts), np.arange(start, start + 24))
