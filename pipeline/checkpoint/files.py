@@ -79,7 +79,9 @@ def _chunks(header: bytes, entries: Sequence[Entry]) -> Iterator[bytes | memoryv
             raise ValueError(f"{entry.key}: announced {entry.dtype} {entry.shape}, found {tensor.dtype} {tuple(tensor.shape)}")
         if not tensor.numel():
             continue
-        data = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+        flat = tensor.to("cpu").contiguous()
+        flat = torch.as_strided(flat, (flat.numel(),), (1,), flat.storage_offset())  # one element may have any stride, which view refuses
+        data = flat.view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK_BYTES):
             yield data[start : start + CHUNK_BYTES]
 

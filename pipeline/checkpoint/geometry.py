@@ -113,9 +113,10 @@ def view_box(piece: Tensor, box: Box, start: tuple[int, ...], size: tuple[int, .
         piece: 1-D tensor that holds the region's elements from `piece_offset` on.
         piece_offset: region position of `piece[0]`.
     """
+    step = piece.stride(0)
     strides = [prod(box.size[dim + 1 :]) for dim in range(len(box.size))]
     first = box.offset - piece_offset + sum((s - b) * stride for s, b, stride in zip(start, box.start, strides, strict=True))
-    return torch.as_strided(piece, size, strides, piece.storage_offset() + first)
+    return torch.as_strided(piece, size, [step * stride for stride in strides], piece.storage_offset() + step * first)
 
 
 def box_span(box: Box, start: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, int]:

@@ -41,13 +41,16 @@ def load_model_config(path: Path | str) -> JetFormerConfig:
     return load_run_config(path).model
 
 
-def load_weights(reader: CheckpointReader, module: nn.Module, *, ema: bool = False, config: JetFormerConfig | None = None) -> None:
+def load_weights(
+    reader: CheckpointReader, module: nn.Module, *, ema: bool = False, config: JetFormerConfig | None = None, partial: bool = False
+) -> None:
     """Fills every parameter and persistent buffer of `module` in place, whatever layout the checkpoint was written on.
 
     Args:
         module: a model whose `state_dict` names are the global names; parameters split over tensor-parallel ranks get their slices.
         ema: take the moving average instead of the weights themselves.
         config: the module's configuration, for a better message when the checkpoint is of another architecture.
+        partial: `module` is one stage of the model; that the checkpoint holds more is no error.
 
     Raises:
         UserError: no moving average stored, or another architecture: the message names the first differing fields and tensors.
@@ -55,12 +58,19 @@ def load_weights(reader: CheckpointReader, module: nn.Module, *, ema: bool = Fal
     prefix = EMA if ema else PARAMETER
     if ema and not reader.names(EMA):
         raise UserError(f"the checkpoint {reader.path} holds no moving average", fix="load the plain weights, or train with optimizer.ema_decay set")
-    check_architecture(reader, module, config=config)
+    check_architecture(reader, module, config=config, partial=partial)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(_read_slice(reader, prefix + name, parameter))
-        for name, buffer in persistent_buffers(module):
-            buffer.copy_(_read_slice(reader, BUFFER + name, buffer))
+        load_buffers(module, reader)
+
+
+def load_buffers(module: nn.Module, reader: CheckpointReader) -> None:
+    """Fills the persistent buffers of `module` (a model or a stage of one).
+
+    Through `load_state_dict`, because a coupling derives its inverse permutation from the loaded one there.
+    """
+    module.load_state_dict({name: reader.read_full(BUFFER + name) for name, _ in persistent_buffers(module)}, strict=False)
 
 
 def check_architecture(reader: CheckpointReader, module: nn.Module, *, config: JetFormerConfig | None = None, partial: bool = False) -> None:
