@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model import init
 from model.batch import Batch
-from model.init import initialize
 from model.layers import LayerSpec, layer_specs
 from pipeline.config import RunConfig
 from pipeline.optim import build_optimizer
@@ -42,7 +43,7 @@ class Engine:
         self.config, self.layout = config, layout
         self.micro_batch_size, self.num_micro_batches = check_layout(config, layout.world_size)
         self.specs = layer_specs(config.model, layout.tensor_parallel)
-        self.bounds = partition([spec.flops for spec in self.specs], layout.pipe)
+        self.bounds = partition([spec.training_flops for spec in self.specs], layout.pipe)
         self.stage = self._build_stage()
         self._deepspeed = _start_deepspeed(self.stage, self.specs, self.bounds, config, layout, self._deepspeed_config())
         self.zero = ZeroState(self.stage, self._deepspeed.optimizer, layout, config.optimizer.ema_decay)
@@ -75,14 +76,13 @@ class Engine:
 
     def describe(self) -> str:
         """One line: the layout and how the layers were cut."""
-        costs = stage_costs([spec.flops for spec in self.specs], self.bounds)
+        costs = stage_costs([spec.training_flops for spec in self.specs], self.bounds)
         cut = ", ".join(
             f"{self.specs[start].name}..{self.specs[stop - 1].name} {100 * cost / sum(costs):.0f}%"
-            for start, stop, cost in zip(self.bounds, self.bounds[1:], costs, strict=False)
+            for (start, stop), cost in zip(itertools.pairwise(self.bounds), costs, strict=True)
         )
-        return (
-            f"{self.layout.name}, {self.num_micro_batches} micro-batches of {self.micro_batch_size}, {self.config.parallel.precision}; stages: {cut}"
-        )
+        batches = f"{self.num_micro_batches} micro-batches of {self.micro_batch_size}"
+        return f"{self.layout.name}, {batches}, {self.config.parallel.precision}; stages: {cut}"
 
     def _build_stage(self) -> PipelineStage:
         config, layout = self.config, self.layout
@@ -95,7 +95,7 @@ class Engine:
             recompute=config.parallel.recompute == "full",
         )
         stage.num_micro_batches = self.num_micro_batches
-        initialize(stage, config.model, config.seed)
+        init.initialise(stage.named_parameters(), config.model, config.seed)
         return stage
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -140,6 +140,8 @@ def _start_deepspeed(
 
         from pipeline.parallel.deepspeed_module import OneModulePerStage, Prebuilt
 
+        # Wraps the process group that exists; it starts none of its own.
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
         topology = PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data)
         module = OneModulePerStage(
             # DeepSpeed builds the spec of its own stage only, so every spec may hold this rank's stage.
@@ -159,6 +161,8 @@ def _start_deepspeed(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps DeepSpeed's and Megatron's start-up chatter off the console; warnings and errors still show."""
+    # torch renamed a collective that DeepSpeed calls every step.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     previous = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.init import decay_mask
+from model import init
 from pipeline.config import OptimizerConfig
 
 
@@ -14,7 +14,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
     """
     decayed, plain = [], []
     for name, parameter in module.named_parameters():
-        (decayed if decay_mask(name) else plain).append(parameter)
+        (decayed if init.decays(name) else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -1,8 +1,11 @@
-"""Learning rate and RGB noise as pure functions of the step, so that resuming cannot change them. Imports no torch."""
+"""The learning rate as a pure function of the step, so that resuming cannot change it. Imports no torch.
+
+(The RGB noise is one too: model.patchify.noise_sigma, applied by the loader.)
+"""
 
 import math
 
-from pipeline.config import CurriculumConfig, OptimizerConfig
+from pipeline.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -23,13 +26,6 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     else:
         shape = 1.0
     return config.learning_rate * warmup * shape
-
-
-def noise_sigma(config: CurriculumConfig, step: int, total_steps: int) -> float:
-    """Standard deviation of the RGB noise at `step` (0-based), in grey levels: a cosine from start to end (spec 1.2)."""
-    length = config.total_steps or total_steps
-    progress = _clip(step / length)
-    return (config.sigma_start - config.sigma_end) * 0.5 * (1.0 + math.cos(math.pi * progress)) + config.sigma_end
 
 
 def _clip(value: float) -> float:

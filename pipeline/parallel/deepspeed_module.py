@@ -46,9 +46,8 @@ class OneModulePerStage(PipelineModule):
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
     # With bf16 parameters the step's gradient is in DeepSpeed's fp32 accumulator.
-    gradients = [
-        gradient.view(-1) for p in parameters if (gradient := getattr(p, "_hp_grad", None) if p.dtype != torch.float32 else p.grad) is not None
-    ]
+    found = [p.grad if p.dtype == torch.float32 else getattr(p, "_hp_grad", None) for p in parameters]
+    gradients = [gradient.view(-1) for gradient in found if gradient is not None]
     assert len(gradients) == len(parameters), "a parameter of the flow got no gradient: its peers would wait for it"
     if not gradients:
         return

@@ -7,6 +7,7 @@ both DeepSpeed's PipeModelDataParallelTopology and Megatron's parallel_state, so
 import datetime
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ class Layout:
     device: torch.device
     tensor_group: Any = field(default=None, repr=False)
     """Process group of the ranks that share every layer; None with degree 1."""
+    control_group: Any = field(default=None, repr=False)
+    """gloo group of all ranks, for objects and checkpoints; None: the default group is one."""
 
     @property
     def tensor_rank(self) -> int:
@@ -104,7 +107,9 @@ def check_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
         micro_batch_size, num_micro_batches = config.micro_batches(world_size)
     except ValueError as error:
         raise UserError(
-            "the run does not fit the number of processes", got=str(error), fix="change parallel.*, data.* or the number of processes"
+            "the run does not fit the number of processes",
+            got=str(error),
+            fix="change parallel.*, data.* or the number of processes",
         ) from None
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is visible", fix="set device=cpu, or run `jetway doctor`")
@@ -164,6 +169,7 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
         pipe=pipe,
         device=device,
         tensor_group=_megatron_tensor_group(tensor, pipe) if tensor > 1 else None,
+        control_group=dist.new_group(backend="gloo") if device.type == "cuda" else None,
     )
 
 
@@ -179,7 +185,9 @@ def teardown_layout(layout: Layout) -> None:
 
 def _megatron_tensor_group(tensor: int, pipe: int) -> Any:
     """Initialises Megatron's parallel state, so that its layers and helpers agree with ours, and takes the group from it."""
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the optional Transformer Engine and Apex are not installed
+        from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipe)

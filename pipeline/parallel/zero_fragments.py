@@ -7,33 +7,19 @@ The checkpoint stores such parts with their place in the global tensor, so any l
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.parallel import global_shape, shard_of
 from pipeline.checkpoint.format import Fragment
+from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.checkpoint.weights import load_buffers, persistent_buffers
 from pipeline.optim import WeightAverage
 from pipeline.parallel.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class TensorReader(Protocol):
-    """What loading needs of an open checkpoint."""
-
-    def read(
-        self,
-        name: str,
-        shard_dim: int | None = None,
-        shard_start: int = 0,
-        shard_size: int | None = None,
-        flat_start: int = 0,
-        flat_len: int | None = None,
-    ) -> Tensor:
-        """A 1-D tensor: `flat_len` elements of the flattened slice of a stored tensor, whatever fragments it is stored in."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,32 +84,33 @@ class ZeroState:
                     )
                 )
         if self._layout.tensor_rank == self._layout.data_rank == 0:
-            fragments += [Fragment.whole(f"buffer/{name}", buffer) for name, buffer in self._module.named_buffers()]
+            fragments += [Fragment.whole(f"buffer/{name}", buffer) for name, buffer in persistent_buffers(self._module)]
         return fragments
 
     @torch.no_grad()
-    def load(self, reader: TensorReader, *, adam_step: int, has_average: bool) -> None:
+    def load(self, reader: CheckpointReader, *, adam_step: int) -> None:
         """Fills masters, moments, average and buffers from a checkpoint of any layout, and refreshes the model's parameters.
+
+        Where the checkpoint holds no weight average but this run keeps one, it starts from the loaded weights.
 
         Args:
             adam_step: updates that Adam had made.
-            has_average: the checkpoint holds a weight average; if not, ours starts from the loaded weights.
 
         Raises:
-            KeyError, ValueError: the checkpoint lacks a tensor or holds it in another shape.
+            UserError: the checkpoint lacks a tensor.
         """
+        has_average = bool(reader.names("ema/"))
         for owned in self._owned:
             self._load_owned(owned, reader, has_average)
         for state in self._states:
             state["step"].fill_(adam_step)
-        for name, buffer in self._module.named_buffers():
-            buffer.copy_(reader.read(f"buffer/{name}").view(buffer.shape))
+        load_buffers(self._module, reader)
         if self.average is not None and not has_average:
             self.average.restart()
         # Copies each rank's masters into its share of the (bf16 or fp32) parameters and gathers the other shares.
         self._optimizer.update_lp_params()
 
-    def _load_owned(self, owned: _Owned, reader: TensorReader, has_average: bool) -> None:
+    def _load_owned(self, owned: _Owned, reader: CheckpointReader, has_average: bool) -> None:
         shard = shard_of(owned.parameter)
         place = {} if shard is None else {"shard_dim": shard.dim, "shard_start": shard.start, "shard_size": shard.size}
         for kind, flat in self._kinds(owned.group):

@@ -1,11 +1,11 @@
-"""Learning rate and noise are the functions of spec 1.2 and 1.9."""
+"""The learning rate is the function of spec 1.9."""
 
 import math
 
 import pytest
 
-from pipeline.config import CurriculumConfig, OptimizerConfig
-from pipeline.schedule import learning_rate, noise_sigma
+from pipeline.config import OptimizerConfig
+from pipeline.schedule import learning_rate
 
 
 def test_first_update_of_the_reference_schedule_does_not_move() -> None:
@@ -33,13 +33,3 @@ def test_wsd_is_constant_between_warmup_and_decay() -> None:
 def test_constant_only_warms_up_and_may_skip_that() -> None:
     assert learning_rate(OptimizerConfig(schedule="constant", learning_rate=0.5), 999, 1000) == 0.5
     assert learning_rate(OptimizerConfig(schedule="constant", learning_rate=0.5, warmup_fraction=0.0), 0, 1000) == 0.5
-
-
-def test_noise_falls_on_a_cosine_of_its_own_length() -> None:
-    config = CurriculumConfig(sigma_start=64.0, sigma_end=3.0)
-    assert noise_sigma(config, 0, 100) == 64.0
-    assert noise_sigma(config, 50, 100) == pytest.approx(33.5)
-    assert noise_sigma(config, 100, 100) == pytest.approx(3.0)
-    # A longer run does not change the noise where the curriculum has a length of its own.
-    longer = CurriculumConfig(sigma_start=64.0, sigma_end=3.0, total_steps=100)
-    assert [noise_sigma(longer, step, 400) for step in (0, 30, 100, 300)] == [noise_sigma(config, step, 100) for step in (0, 30, 100, 100)]
