@@ -241,7 +241,8 @@ class EvalLoader:
         self._source = SampleSource(reader, self.codec, config.model.text, with_images=needs_image)
         self._order = _eval_order(split.counts)
         shares = split_evenly(self.num_examples, dp_degree)
-        self.num_batches = -(-int(np.diff(shares).max()) // config.eval.batch_size)
+        # As many as the largest share needs, but none empty: with batch_size=1 and unequal shares some batches hold two.
+        self.num_batches = min(-(-int(np.diff(shares).max()) // config.eval.batch_size), int(np.diff(shares).min()))
         """Batches of each rank."""
         start, stop = int(shares[dp_rank]), int(shares[dp_rank + 1])
         self._bounds = start + split_evenly(stop - start, self.num_batches)

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -57,6 +58,9 @@ class Prefetcher(Generic[T]):
     def close(self) -> None:
         """Stops the thread and waits for it (at most for the item that it is making). May be called twice."""
         self._stop.set()
+        with suppress(queue.Empty):
+            while True:  # room for what the thread is about to put, so that it need not wait out its poll
+                self._queue.get_nowait()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 

@@ -137,12 +137,12 @@ def intact(write_dataset: WriteDataset, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def make_config(num_pieces: int) -> Callable[..., RunConfig]:
-    """make_config(path, channels=1, text={...}, eval={...}, **data fields): a run whose model fits the data set."""
+    """make_config(path, channels=1, model_text={...}, evaluation={...}, seed=11, **data fields): a run whose model fits the data set."""
 
-    def make(path: Path, *, channels: int = 1, text: dict | None = None, evaluation: dict | None = None, seed: int = 11, **data) -> RunConfig:
+    def make(path: Path, *, channels: int = 1, model_text: dict | None = None, evaluation: dict | None = None, seed: int = 11, **data) -> RunConfig:
         model = JetFormerConfig(
             image=ImageConfig(resolution=RESOLUTION, channels=channels, patch_size=4),
-            text=TextConfig(**{"length": 8, "num_pieces": num_pieces, **(text or {})}),
+            text=TextConfig(**{"length": 8, "num_pieces": num_pieces, **(model_text or {})}),
             flow=FlowConfig(depth=2, block_depth=1, width=8, num_heads=1),
             decoder=DecoderConfig(width=16, depth=1, mlp_dim=16, num_heads=2, head_dim=8),
             gmm=GmmConfig(num_mixtures=2, soft_dim=4),
