@@ -13,7 +13,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PACKAGES := configs data_prep launch model pipeline
 
 .DEFAULT_GOAL := help
