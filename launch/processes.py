@@ -54,7 +54,7 @@ def run_workers(command: Sequence[str], *, num_processes: int, log_dir: Path) ->
         log_dir: where ranks other than 0 write `rank-0001.log` and so on.
 
     Returns:
-        0 when all ended well; otherwise the exit code of the first that failed (128 + N when signal N killed it).
+        0 when all ended well; 130 after Ctrl-C; otherwise the exit code of the first that failed (128 + N when signal N killed it).
     """
     with ExitStack() as stack:
         workers = _start(command, num_processes=num_processes, log_dir=log_dir, stack=stack)
@@ -63,24 +63,29 @@ def run_workers(command: Sequence[str], *, num_processes: int, log_dir: Path) ->
         def forward(signum: int, frame: FrameType | None) -> None:
             nonlocal num_interrupts
             num_interrupts += signum == signal.SIGINT
+            # Ctrl-C asks for an orderly end, as SIGTERM does; pressed again, it means now.
+            if num_interrupts > 1:
+                passed_on = signal.SIGKILL
+            else:
+                passed_on = signal.SIGTERM if signum == signal.SIGINT else signal.Signals(signum)
             for worker in workers:
                 if worker.process.poll() is None:
-                    worker.process.send_signal(signum if num_interrupts < 2 else signal.SIGKILL)
+                    worker.process.send_signal(passed_on)
 
         previous = {signum: signal.signal(signum, forward) for signum in FORWARDED_SIGNALS}
         try:
             failed = _wait(workers)
-            if failed is None:
-                return 0
-            # Read now: the codes of the others are ours once we end them.
-            code = failed.process.returncode
-            _end(workers)
+            if failed is not None:
+                _end(workers)
         finally:
             _kill(workers)
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
         if num_interrupts:
             return 128 + signal.SIGINT
+        if failed is None:
+            return 0
+        code = failed.process.returncode
         _report(failed, code)
         return code if code > 0 else 128 - code
 

@@ -67,35 +67,61 @@ def test_users_mistake_is_not_reported_twice(tmp_path: Path, capfd) -> None:
     assert capfd.readouterr().err == "jetway: wrong key\n"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signal_reaches_every_worker_and_the_launcher_survives_it(tmp_path: Path, repository: Path, signum: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("sent", "received", "code"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 0),
+        (signal.SIGUSR1, signal.SIGUSR1, 0),
+        (signal.SIGINT, signal.SIGTERM, 130),  # Ctrl-C asks the ranks for an orderly end, and still tells the shell
+    ],
+)
+def test_signal_reaches_every_worker_and_the_launcher_survives_it(
+    tmp_path: Path, repository: Path, sent: signal.Signals, received: signal.Signals, code: int
+) -> None:
     worker = f"""
 def stop(number, frame):
     Path({str(tmp_path)!r}, f'stopped-{{rank}}').write_text(str(number))
     sys.exit(0)
-signal.signal({int(signum)}, stop)
+signal.signal({int(received)}, stop)
 Path({str(tmp_path)!r}, f'ready-{{rank}}').touch()
 time.sleep(60)
 """
-    launcher = "import sys; from pathlib import Path; from launch.processes import run_workers\n"
-    launcher += f"sys.exit(run_workers({python(worker)!r}, num_processes=2, log_dir=Path({str(tmp_path)!r})))"
-    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=repository)
+    process = start_launcher(worker, tmp_path, repository)
     wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
-    process.send_signal(signum)
-    assert process.wait(timeout=30) == 0
-    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [str(int(signum))] * 2
+    process.send_signal(sent)
+    assert process.wait(timeout=30) == code
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [str(int(received))] * 2
+
+
+def test_second_interrupt_kills(tmp_path: Path, repository: Path) -> None:
+    worker = f"""
+signal.signal(signal.SIGTERM, lambda number, frame: Path({str(tmp_path)!r}, f'asked-{{rank}}').touch())
+Path({str(tmp_path)!r}, f'ready-{{rank}}').touch()
+for _ in range(600): time.sleep(0.1)
+"""
+    process = start_launcher(worker, tmp_path, repository)
+    wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: all((tmp_path / f"asked-{rank}").exists() for rank in range(2)))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of a parent's death on Linux only")
 def test_workers_do_not_outlive_a_killed_launcher(tmp_path: Path, repository: Path) -> None:
     worker = f"Path({str(tmp_path)!r}, f'pid-{{rank}}').write_text(str(os.getpid()))\ntime.sleep(60)"
-    launcher = "from pathlib import Path; from launch.processes import run_workers\n"
-    launcher += f"run_workers({python(worker)!r}, num_processes=2, log_dir=Path({str(tmp_path)!r}))"
-    process = subprocess.Popen([sys.executable, "-c", launcher], cwd=repository)
+    process = start_launcher(worker, tmp_path, repository)
     wait_for(lambda: all((tmp_path / f"pid-{rank}").exists() and (tmp_path / f"pid-{rank}").read_text() for rank in range(2)))
     process.kill()
     process.wait()
     wait_for(lambda: not any(is_running(int((tmp_path / f"pid-{rank}").read_text())) for rank in range(2)))
+
+
+def start_launcher(worker: str, folder: Path, repository: Path) -> "subprocess.Popen[bytes]":
+    """A launcher of two workers, in a process of its own that the test can signal."""
+    program = "import sys; from pathlib import Path; from launch.processes import run_workers\n"
+    program += f"sys.exit(run_workers({python(worker)!r}, num_processes=2, log_dir=Path({str(folder)!r})))"
+    return subprocess.Popen([sys.executable, "-c", program], cwd=repository)
 
 
 def is_running(pid: int) -> bool:
