@@ -36,8 +36,8 @@ def test_a_small_split_is_read_once_and_a_large_one_each_time(open_source):
     order = SampleOrder([7, 5, 9], seed=0, window=2)
     for cache_bytes, expected in ((1 << 20, 21), (1000, 63)):
         source, reads = open_source(cache_bytes)
-        for start in range(0, 63, 9):
-            source.fetch(order.locate(np.arange(start, start + 9)))
+        for start in range(0, 63, 7):
+            source.fetch(order.locate(np.arange(start, start + 7)))
         assert len(reads) == expected
 
 
