@@ -1,0 +1,62 @@
+"""Random numbers of sampling: each belongs to a seed, a sample's position, a token and a purpose, and to nothing else.
+
+So a sample is the same whatever else is in its batch. Letters: B samples, K choices.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import random
+from model.random import Stream
+
+
+class Purpose(enum.IntEnum):
+    """What a number is drawn for."""
+
+    COMPONENT = 0
+    """Which mixture."""
+    NOISE = 1
+    """Where in its Gaussian."""
+    PROPOSAL = 2
+    ACCEPTANCE = 3
+    """Rejection sampling, in chunks."""
+    REST = 4
+    """The factored-out dims of the latents."""
+    PIECE = 5
+    """Which text piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDraws:
+    """The random numbers of one token of B samples."""
+
+    seed: int
+    positions: Tensor
+    """int64 [B], sample positions."""
+    token: int = 0
+
+    def uniform(self, purpose: Purpose, shape: Sequence[int] = (), *, chunk: int = 0) -> Tensor:
+        """fp32 in [0, 1), [B, *shape]."""
+        return random.uniform(self.seed, Stream.SAMPLING, self.positions, shape, substream=self._substream(purpose, chunk))
+
+    def normal(self, purpose: Purpose, shape: Sequence[int], *, chunk: int = 0) -> Tensor:
+        """Standard normal fp32 [B, *shape]."""
+        return random.normal(self.seed, Stream.SAMPLING, self.positions, shape, substream=self._substream(purpose, chunk))
+
+    def rows(self, index: Tensor) -> "TokenDraws":
+        """The same numbers, for some of the samples."""
+        return TokenDraws(self.seed, self.positions[index], self.token)
+
+    def _substream(self, purpose: Purpose, chunk: int) -> int:
+        return (chunk << 32) | (self.token << 4) | purpose
+
+
+def categorical(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from softmax(logits) by inverting its distribution function: [B, K], [B] in [0, 1) -> int64 [B]."""
+    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
+    target = uniform.double() * cumulative[:, -1]
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
