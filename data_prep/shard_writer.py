@@ -84,6 +84,10 @@ class ShardWriter:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def content_hashes(self) -> np.ndarray:
+        """SHA-256 of the original images so far, uint8 [N, 32]."""
+        return np.frombuffer(b"".join(self._sha256), dtype=np.uint8).reshape(-1, 32)
+
     def add(self, sample: Sample) -> None:
         """Appends the three members of one sample."""
         offsets, sizes, checksums = [], [], []
@@ -115,7 +119,7 @@ class ShardWriter:
             offsets=np.array(self._offsets, dtype=np.int64),
             sizes=np.array(self._sizes, dtype=np.int64),
             xxh3=np.array(self._xxh3, dtype=np.uint64),
-            sha256=np.frombuffer(b"".join(self._sha256), dtype=np.uint8).reshape(-1, 32),
+            sha256=self.content_hashes(),
         )
         storage.put_file(self._path, tar_path(shard, folder), move=True)
         index_sha256 = index.dump(storage, shard, folder=folder)

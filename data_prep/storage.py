@@ -139,6 +139,11 @@ class LocalStorage(Storage):
         """Removes what a killed run left behind. Call it only while no other run writes here."""
         shutil.rmtree(self.root / TEMPORARY, ignore_errors=True)
 
+    def remove_empty(self, folder: str) -> None:
+        """Removes a folder that holds nothing any more; leaves any other alone."""
+        with suppress(OSError):
+            self._path(folder.rstrip("/")).rmdir()
+
     def _path(self, path: str) -> Path:
         return self.root / _checked(path)
 

@@ -1,0 +1,138 @@
+"""What every reader gives: slices of an input at planning time, raw samples of a slice at work time."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_prep.config import PrepConfig
+from data_prep.decode import Drop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Consecutive samples of one input: small enough to store in the plan, precise enough to start reading anywhere."""
+
+    kind: str
+    """Which reader: `folder`, `table` or `tar`."""
+    path: str
+    start: int
+    """Number of the first sample within the input."""
+    count: int
+    offset: int = 0
+    """Byte where the first sample begins (text tables, tars)."""
+    names: tuple[str, ...] = ()
+    """The images, relative to `path` (folders): the listing at planning time is what counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawSample:
+    """One sample as found. `problem` is set where not even the bytes could be had; the other fields are then empty."""
+
+    source: str
+    """Where it came from, for people: `photos/a/b.jpg`, `pairs.csv#12`, `x.tar/000123`."""
+    image: bytes = b""
+    caption: str | None = None
+    label: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Everything else that the input says of this sample."""
+    problem: Drop | None = None
+
+
+class Reader(Protocol):
+    """A kind of input. `plan` and `read` see the samples in the same, deterministic order."""
+
+    def plan(self, path: Path, config: PrepConfig) -> Iterator[Slice]:
+        """Cuts one input into slices of at most `config.samples_per_shard` samples.
+
+        Raises:
+            UserError: the input as a whole cannot be used (no such column, compressed, ...).
+        """
+
+    def read(self, part: Slice, config: PrepConfig) -> Iterator[RawSample]:
+        """The samples of one slice; a bad one is yielded with its `problem`."""
+
+
+def read_image_file(path: Path, max_bytes: int) -> bytes:
+    """Bytes of an image file.
+
+    Raises:
+        Drop: missing_file, file_too_large or unreadable.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise Drop("file_too_large", f"{size} bytes")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Drop("missing_file", str(path)) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise Drop("unreadable", str(error)) from None
+
+
+def decode_text(data: bytes) -> str:
+    """A caption file's text.
+
+    Raises:
+        Drop: bad_caption.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Drop("bad_caption", str(error)) from None
+
+
+def parse_object(data: bytes | str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        Drop: bad_json.
+    """
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Drop("bad_json", str(error)) from None
+    if not isinstance(values, dict):
+        raise Drop("bad_json", f"{type(values).__name__} instead of an object")
+    return values
+
+
+def split_fields(values: Mapping[str, Any], config: PrepConfig) -> tuple[str | None, int | None, dict[str, Any]]:
+    """(caption, label, everything else) of a table row or a JSON object. A label that is no integer stays with the rest."""
+    rest = {str(key): plain_json(value) for key, value in values.items() if key != config.columns.image}
+    caption = rest.pop(config.columns.caption, None)
+    if caption is not None and not isinstance(caption, str):
+        caption = str(caption) if isinstance(caption, (int, float)) else None
+    label = rest.get(config.columns.label)
+    number = as_integer(label)
+    if number is not None:
+        del rest[config.columns.label]
+    return caption, number, rest
+
+
+def as_integer(value: Any) -> int | None:
+    """7, 7.0, "7" -> 7; anything else -> None."""
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        number = float(value)
+        return int(value) if number.is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def plain_json(value: Any) -> Any:
+    """The value in JSON's types: NaN becomes null, dates and other foreign types their text, bytes are left out."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (bytes, bytearray)):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return str(value)

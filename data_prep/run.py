@@ -1,0 +1,130 @@
+"""`jetway prep`: the command line of `prepare`."""
+
+import argparse
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from configs.errors import ConfigError, UserError
+from configs.loader import load_config, to_yaml
+from data_prep.config import PrepConfig
+from data_prep.plan import make_plan
+from data_prep.prepare import prepare
+from data_prep.process import finished_parts
+from data_prep.schema import Manifest, generations
+from data_prep.storage import open_storage
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of `jetway prep`."""
+    arguments = _parser().parse_args(argv)
+    config = configure(arguments.settings, arguments.input, arguments.output)
+    if arguments.dry_run:
+        _print_plan(config, arguments.embedded)
+        return 0
+    if arguments.embedded:
+        _write_embedded(arguments.embedded, Path(config.inputs[0]), arguments.count)
+    manifest, worked = prepare(config)
+    if not worked:
+        print(f"{config.output} is finished (generation {manifest.generation}): nothing to do")
+    print(summary(manifest))
+    return 0
+
+
+def configure(settings: Sequence[str], inputs: Sequence[str] | None, output: str | None) -> PrepConfig:
+    """The configuration from `CONFIG? key=value...`, `--input` and `--output`; the flags win.
+
+    Raises:
+        UserError: no input, no output, an output inside an input, or a configuration that does not parse.
+    """
+    overrides = list(settings)
+    path = overrides.pop(0) if overrides and "=" not in overrides[0] else None
+    config = load_config(PrepConfig, path, overrides)
+    chosen = output or config.output
+    config = replace(
+        config,
+        inputs=tuple(os.path.normpath(text) for text in inputs or config.inputs),
+        output=chosen if not chosen or "://" in chosen else os.path.normpath(chosen),
+    )
+    if not config.inputs:
+        raise ConfigError("no input given", expected="--input PATH, or `inputs` in the configuration")
+    if not config.output:
+        raise ConfigError("no output given", expected="--output DIR, or `output` in the configuration")
+    target = Path(config.output).absolute()
+    for source in (Path(text).absolute() for text in config.inputs):
+        if "://" not in config.output and (target == source or source in target.parents):
+            fix = "choose an output outside: it would become input itself"
+            raise UserError(f"the output {config.output} lies inside the input {source}", fix=fix)
+    return config
+
+
+def summary(manifest: Manifest) -> str:
+    """A few lines for people: splits, drops, tokenizer."""
+    lines = []
+    for name, split in manifest.splits.items():
+        size = sum(shard.num_bytes for shard in split.shards)
+        lines.append(f"{name:<10}{split.num_samples:>10,} samples in {len(split.shards):,} shards, {size / 2**20:,.1f} MiB")
+    counts = manifest.counts
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in counts.dropped.items())
+    why = f" ({reasons}; every one is listed in ledger/)" if reasons else ""
+    lines.append(f"{'dropped':<10}{counts.read - counts.kept:>10,} of {counts.read:,}{why}")
+    pieces, image = manifest.tokenizer.num_pieces, manifest.image
+    lines.append(f"{'tokenizer':<10}{pieces:>10,} pieces (train with model.text.num_pieces={pieces})")
+    lines.append(f"{'images':<10}{image.resolution:>10,} pixels square, {image.channels} channels, {image.extension}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jetway prep",
+        description="Prepare images and captions for training: shards, index, manifest and tokenizer.",
+        epilog="Run the same command again after an interruption: finished work is kept and the result is the same, byte for byte.",
+    )
+    parser.add_argument("settings", nargs="*", metavar="CONFIG | key=value", help="a configuration file or the name of a shipped one, then overrides")
+    parser.add_argument("--input", action="append", metavar="PATH", help="folder of images, table or tar; may be repeated (sets `inputs`)")
+    parser.add_argument("--output", metavar="DIR", help="data set to write: a folder or s3:// prefix (sets `output`)")
+    parser.add_argument("--embedded", choices=("digits", "shapes"), help="first write this embedded set to the input folder, unless it is there")
+    parser.add_argument("--count", type=int, default=20_000, help="images of `--embedded shapes` (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="list inputs and shards; write nothing")
+    return parser
+
+
+def _write_embedded(name: str, folder: Path, count: int) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        print(f"{folder} is there already: the embedded set is not written again")
+        return
+    # Imported here: digits need scikit-learn, which ordinary data sets do not.
+    if name == "digits":
+        from data_prep.embedded import digits
+
+        number = digits.write_folder(folder)
+    else:
+        from data_prep.embedded import shapes
+
+        number = shapes.write_folder(folder, count)
+    print(f"wrote {number:,} images with captions to {folder}")
+
+
+def _print_plan(config: PrepConfig, embedded: str | None) -> None:
+    if embedded and not Path(config.inputs[0]).exists():
+        print(f"would first write the embedded set {embedded!r} to {config.inputs[0]}, then prepare it to {config.output}")
+    else:
+        plan = make_plan(config)
+        samples: Counter[tuple[str, str]] = Counter()
+        for part in (part for task in plan.tasks for part in task.slices):
+            samples[part.kind, part.path] += part.count
+        for (kind, path), number in list(samples.items())[:20]:
+            print(f"input   {kind:<7} {path}: {number:,} samples")
+        if len(samples) > 20:
+            print(f"        and {len(samples) - 20:,} more inputs")
+        storage = open_storage(config.output)
+        done = len(finished_parts(storage))
+        num_shards = -(-plan.num_samples // config.samples_per_shard)
+        print(f"tasks   {len(plan.tasks):,}, for about {num_shards:,} shards of {config.samples_per_shard:,} samples")
+        print(f"output  {config.output}: {'finished' if generations(storage) else f'{done:,} tasks are done'}")
+    print(f"nothing was written; the configuration:\n{to_yaml(config)}", end="")
