@@ -1,0 +1,35 @@
+"""Random draws of sampling."""
+
+import torch
+
+from model.generate.draws import Purpose, TokenDraws, categorical
+
+
+def test_categorical_follows_the_softmax():
+    num = 20_000
+    logits = torch.tensor([0.0, 1.0, -float("inf"), 2.0, -1.0])
+    uniform = (torch.arange(num) + 0.5) / num
+    counts = torch.bincount(categorical(logits.expand(num, -1), uniform), minlength=5) / num
+    torch.testing.assert_close(counts, torch.softmax(logits, -1), rtol=0, atol=2 / num)
+
+
+def test_categorical_at_the_ends_stays_among_the_possible():
+    logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, -1)
+    assert categorical(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
+
+
+def test_draws_differ_by_purpose_token_chunk_seed_and_sample_only():
+    positions = torch.arange(4)
+    draws = TokenDraws(0, positions, 3)
+    reference = draws.normal(Purpose.NOISE, (5,))
+    assert torch.equal(TokenDraws(0, positions[2:], 3).normal(Purpose.NOISE, (5,)), reference[2:])
+    assert torch.equal(draws.rows(torch.tensor([1])).normal(Purpose.NOISE, (5,)), reference[1:2])
+    others = [
+        draws.normal(Purpose.PROPOSAL, (5,)),
+        draws.normal(Purpose.NOISE, (5,), chunk=1),
+        TokenDraws(0, positions, 4).normal(Purpose.NOISE, (5,)),
+        TokenDraws(1, positions, 3).normal(Purpose.NOISE, (5,)),
+        TokenDraws(0, positions + 4, 3).normal(Purpose.NOISE, (5,)),
+    ]
+    for other in others:
+        assert not torch.isclose(other, reference).any()
