@@ -5,13 +5,14 @@ Letters: B examples, T text slots, H and W pixels.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import random
+from model import streams
 from model.config import JetFormerConfig, ObjectiveConfig
-from model.random import Stream
+from model.streams import Stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
         return dataclasses.replace(self, **moved)
 
 
@@ -82,12 +83,12 @@ def draw_text_first(objective: ObjectiveConfig, seed: int, positions: Tensor) ->
         # A Bresenham line: any run of n consecutive positions holds n * probability text-first ones, to within one.
         steps = positions.double() * probability
         return torch.floor(steps + probability) > torch.floor(steps)
-    return random.uniform(seed, Stream.ORDER, positions, ()) < probability
+    return streams.uniform(seed, Stream.ORDER, positions, ()) < probability
 
 
 def draw_drop_prefix(objective: ObjectiveConfig, seed: int, positions: Tensor, text_first: Tensor) -> Tensor:
     """Prefixes dropped for classifier-free guidance: bool [B]; the image prefix is never dropped (spec 1.5)."""
-    dropped = random.uniform(seed, Stream.LABEL_DROP, positions, ()) <= objective.label_drop_probability
+    dropped = streams.uniform(seed, Stream.LABEL_DROP, positions, ()) <= objective.label_drop_probability
     return dropped & text_first
 
 

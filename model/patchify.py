@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model import random, stats
+from model import stats, streams
 from model.batch import Batch
 from model.config import ImageConfig, JetFormerConfig
 from model.flow.rows import FlowRows
 from model.parallel import TensorParallel
-from model.random import Stream
 from model.state import State
+from model.streams import Stream
 
 GREY_STEP = 1 / 127.5
 """One 8-bit grey level, in the [-1, 1] units of the flow's input."""
@@ -69,11 +69,11 @@ class Patchify(nn.Module):
         if noise.train and noise.sigma > 0:
             noisy = batch.text_first[index] if not self.config.objective.rgb_noise_on_image_prefix else torch.ones_like(positions, dtype=torch.bool)
             sigma = noise.sigma * noisy.float().view(-1, 1, 1, 1)
-            image = add_rgb_noise(image, sigma, random.normal(noise.seed, Stream.RGB_NOISE, positions, shape))
+            image = add_rgb_noise(image, sigma, streams.normal(noise.seed, Stream.RGB_NOISE, positions, shape))
         if batch.dequantisation is not None:
             dequantisation = batch.dequantisation[index]
         else:
-            dequantisation = random.uniform(noise.seed, Stream.DEQUANTISATION, positions, shape)
+            dequantisation = streams.uniform(noise.seed, Stream.DEQUANTISATION, positions, shape)
         pixels = image * GREY_STEP - 1 + dequantisation * GREY_STEP
         state.x = patchify(pixels, self.config.image.patch_size)
         if batch.log_stats:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model import random, stats
+from model import stats, streams
 from model.batch import Batch
 from model.config import JetFormerConfig
 from model.flow.rows import FlowRows, gather_index
 from model.parallel import Dense, TensorParallel, gather_rows, sharded_parameter, sum_over_ranks
-from model.random import Stream
 from model.state import State
+from model.streams import Stream
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -103,9 +103,9 @@ class SequenceEmbedding(nn.Module):
         noise, max_std = batch.noise, self.config.objective.input_noise_max_std
         if not noise.train or max_std == 0:
             return soft
-        std = random.uniform(noise.seed, Stream.INPUT_NOISE_STD, batch.positions, (1, 1)) * max_std
+        std = streams.uniform(noise.seed, Stream.INPUT_NOISE_STD, batch.positions, (1, 1)) * max_std
         std = std * batch.text_first.view(-1, 1, 1)
-        return soft + std * random.normal(noise.seed, Stream.INPUT_NOISE, batch.positions, soft.shape[1:])
+        return soft + std * streams.normal(noise.seed, Stream.INPUT_NOISE, batch.positions, soft.shape[1:])
 
     def _score_rest(self, state: State, batch: Batch, rest: Tensor) -> None:
         """Adds -log N(rest; 0, 1) of the factored-out dims to the loss (spec 1.8)."""

@@ -46,17 +46,21 @@ class State:
         return self.loss if self.aux is None else self.loss + self.aux
 
 
-def pack(state: State) -> Tensor:
+def pack(state: State, dtype: torch.dtype = torch.float32) -> Tensor:
     """The state as one tensor: x before `embed`, else [hidden || soft], flattened per example: [B, S*D + I*d].
 
-    Soft tokens stay fp32 through a bf16 edge: their bits travel as pairs of bf16 lanes, exactly, both ways. DeepSpeed runs
-    the upstream backward once per tensor of an edge, hence one tensor.
+    Latents and soft tokens stay fp32 through a bf16 edge: their bits travel as pairs of bf16 lanes, exactly, both ways.
+    DeepSpeed runs the upstream backward once per tensor of an edge, hence one tensor.
+
+    Args:
+        dtype: of the edges that carry x, [rows, I, C] or [rows, I, 2*C]. All edges of a run must have one dtype: a stage of
+            DeepSpeed receives activations and gradients into one buffer.
     """
     if state.hidden is None:
         assert state.x is not None
-        return state.x
+        return state.x if dtype == torch.float32 else _FloatToLanes.apply(state.x, dtype)
     assert state.soft is not None
-    lanes = state.soft if state.hidden.dtype == torch.float32 else _FloatToLanes.apply(state.soft, state.hidden.dtype)
+    lanes = state.soft if state.hidden.dtype == state.soft.dtype else _FloatToLanes.apply(state.soft, state.hidden.dtype)
     return torch.cat([state.hidden.flatten(1), lanes.flatten(1)], dim=1)
 
 
@@ -68,7 +72,7 @@ def unpack(edge: Tensor, *, flow: bool, width: int, num_tokens: int, soft_dim: i
         width: D; num_tokens: I; soft_dim: d.
     """
     if flow:
-        return State(x=edge)
+        return State(x=edge if edge.dtype == torch.float32 else _LanesToFloat.apply(edge))
     batch = len(edge)
     lanes_per_float = 1 if edge.dtype == torch.float32 else 2
     soft_size = num_tokens * soft_dim * lanes_per_float

@@ -87,13 +87,18 @@ def from_official(arrays: Arrays, config: JetFormerConfig) -> dict[str, Tensor]:
 
 def to_official(state: Mapping[str, Tensor], config: JetFormerConfig) -> dict[str, np.ndarray]:
     """The inverse of `from_official`; works on gradients too (without permutations, the masks are left out)."""
-    arrays = {name: value.detach().cpu().numpy() if value.dtype == torch.int64 else value.detach().float().cpu().numpy() for name, value in state.items()}
+    arrays = {name: _to_numpy(value) for name, value in state.items()}
     couplings = [_coupling_to_official(_sub(arrays, f"couplings.{i}."), config) for i in range(config.flow.depth)]
     blocks = [_block_to_official(_sub(arrays, f"blocks.{i}."), config) for i in range(config.decoder.depth)]
     official = {name: np.stack([layer[name] for layer in layers]) for layers in (couplings, blocks) if layers for name in layers[0]}
     if config.flow.depth and "couplings.0.permutation" in arrays:
         official |= _masks([arrays[f"couplings.{i}.permutation"] for i in range(config.flow.depth)], config)
     return official | _ends_to_official(arrays, config)
+
+
+def _to_numpy(value: Tensor) -> np.ndarray:
+    value = value.detach().cpu()
+    return (value if value.dtype == torch.int64 else value.float()).numpy()
 
 
 class _OfficialArrays:
@@ -121,7 +126,7 @@ class _OfficialArrays:
 
         def pick(value: np.ndarray, name: str) -> np.ndarray:
             if len(value) != depth:
-                raise UserError(f"{name} stacks another number of layers", got=len(value), expected=depth, fix="correct the depth in the configuration")
+                raise UserError(f"{name} stacks another number of layers", got=len(value), expected=depth, fix="correct the configured depth")
             return value[index]
 
         return _OfficialArrays(self.arrays, pick)

@@ -99,8 +99,5 @@ class Attention(nn.Module):
 
 def new_cache(config: DecoderConfig, *, batch_size: int, length: int, like: Tensor) -> list[KvCache]:
     """One empty cache per block, for `length` positions."""
-    return [
-        KvCache(batch_size=batch_size, num_kv_heads=config.num_kv_heads, length=length, head_dim=config.head_dim, like=like) for _ in range(config.depth)
-    ]
-
-
+    shape = {"batch_size": batch_size, "num_kv_heads": config.num_kv_heads, "length": length, "head_dim": config.head_dim}
+    return [KvCache(**shape, like=like) for _ in range(config.depth)]

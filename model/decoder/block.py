@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model import random, sequence
+from model import sequence, streams
 from model.batch import Batch
 from model.config import DecoderConfig, JetFormerConfig
 from model.decoder.attention import Attention, AttentionContext, KvCache
 from model.decoder.norm import RmsNorm
 from model.parallel import TensorParallel, column_linear, copy_to_ranks, row_linear
-from model.random import Stream
 from model.state import State
+from model.streams import Stream
 
 
 class GegluMlp(nn.Module):
@@ -65,7 +65,7 @@ class Block(nn.Module):
         probability = self.config.decoder.dropout
         if not batch.noise.train or probability == 0:
             return x
-        keep = random.keep_mask(
+        keep = streams.keep_mask(
             batch.noise.seed, Stream.DROPOUT, batch.positions, x.shape[1:], drop_probability=probability, substream=2 * self.index + branch
         )
         return torch.where(keep, x / (1 - probability), 0)

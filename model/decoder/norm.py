@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from model.kernels.precision import widen
+
 RMS_NORM_EPS = 1e-6
 
 
@@ -15,6 +17,6 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        wide = x.float()
+        wide = widen(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)
-        return (normed * (1 + self.scale.float())).to(x.dtype)
+        return (normed * (1 + widen(self.scale))).to(x.dtype)

@@ -6,6 +6,8 @@ Letters: B examples, S positions, H head width.
 import torch
 from torch import Tensor
 
+from model.kernels.precision import widen
+
 BASE = 10_000.0
 
 
@@ -18,5 +20,5 @@ def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates (x[:H/2], x[H/2:]) pairs in fp32: [B, heads, S, H] -> the same, in the dtype of x."""
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = widen(x).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

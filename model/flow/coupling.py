@@ -125,6 +125,7 @@ def encode(couplings: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
     """All couplings in turn: fp32 x [B, I, C] -> (latents z [B, I, C], log-determinant [B] in nats)."""
     logdet = x.new_zeros(len(x))
     for coupling in couplings:
+        assert isinstance(coupling, Coupling)
         x, term, _ = coupling.transform(x)
         logdet = logdet + term
     return x, logdet
@@ -133,5 +134,6 @@ def encode(couplings: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
 def decode(couplings: nn.ModuleList, z: Tensor) -> Tensor:
     """The inverse of `encode`: latents z [B, I, C] -> x [B, I, C]."""
     for coupling in reversed(list(couplings)):
+        assert isinstance(coupling, Coupling)
         z = coupling.inverse(z)
     return z

@@ -6,17 +6,18 @@ The reference multiplies by 0/1 matrices; here they are index vectors, seeded, s
 import torch
 from torch import Tensor
 
-from model.config import CouplingKind, FlowConfig, ImageConfig
+from model.config import FlowConfig, ImageConfig
 
 SPATIAL_CYCLE = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv", "hstripes", "hstripes-inv")
 """What successive couplings of kind `spatial` use (official models/proj/jet/jet.py)."""
 
 
-def coupling_kinds(config: FlowConfig) -> list[CouplingKind]:
+def coupling_kinds(config: FlowConfig) -> list[str]:
     """The kind of each of the `depth` couplings, with `spatial` resolved to a pattern."""
-    kinds, spatial_seen = [], 0
+    kinds: list[str] = []
+    spatial_seen = 0
     for index in range(config.depth):
-        kind = config.kinds[index % len(config.kinds)]
+        kind: str = config.kinds[index % len(config.kinds)]
         if kind == "spatial":
             kind = SPATIAL_CYCLE[spatial_seen % len(SPATIAL_CYCLE)]
             spatial_seen += 1

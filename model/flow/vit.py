@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import FlowConfig
+from model.kernels.precision import widen
 from model.parallel import Dense
 
 LAYER_NORM_EPS = 1e-6
@@ -23,7 +24,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """fp32 [..., W] -> fp32 [..., W]."""
-        return functional.layer_norm(x, x.shape[-1:], self.weight.float(), self.bias.float(), LAYER_NORM_EPS)
+        return functional.layer_norm(x, x.shape[-1:], widen(self.weight), widen(self.bias), LAYER_NORM_EPS)
 
 
 class Attention(nn.Module):
@@ -73,11 +74,11 @@ class CouplingNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 [B, I, in_dim] -> (bias, raw scale), fp32 [B, I, in_dim] each."""
-        hidden = self.init_proj(x).float() + self.posemb.float()
+        hidden = widen(self.init_proj(x)) + widen(self.posemb)
         for block in self.blocks:
             hidden = block(hidden)
         # The last product feeds the affine map directly, where bf16 would cost round-trip accuracy (spec 2: 2.5e-2 vs 1.1e-2).
-        weight, bias = self.final_proj.weight.float(), self.final_proj.bias
-        assert bias is not None
-        shift, raw_scale = functional.linear(self.norm(hidden), weight, bias.float()).chunk(2, dim=-1)
+        assert self.final_proj.bias is not None
+        weight, bias = widen(self.final_proj.weight), widen(self.final_proj.bias)
+        shift, raw_scale = functional.linear(self.norm(hidden), weight, bias).chunk(2, dim=-1)
         return shift, raw_scale

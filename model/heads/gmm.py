@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from model.config import JetFormerConfig
 from model.kernels.gmm_nll.interface import linear_gmm_logsumexp, positive_scale
+from model.kernels.precision import widen
 from model.parallel import TensorParallel, copy_to_ranks, logsumexp_over_ranks, sharded_parameter, sum_over_ranks
 
 
@@ -54,13 +55,13 @@ class GmmHead(nn.Module):
         """All parameters of this rank's components: hidden [..., D] -> K and d as in `Mixture`. Large: for small models and parity."""
         hidden = hidden.to(self.logit_weight.dtype)
         mixtures, _, soft_dim, width = self.component_weight.shape
-        raw = functional.linear(hidden, self.component_weight.reshape(-1, width), self.component_bias.flatten()).float()
+        raw = widen(functional.linear(hidden, self.component_weight.reshape(-1, width), self.component_bias.flatten()))
         loc, raw_scale = raw.view(*hidden.shape[:-1], mixtures, 2, soft_dim).unbind(-2)
         return Mixture(self.mixture_logits(hidden), loc, positive_scale(raw_scale))
 
     def mixture_logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., K]."""
-        return functional.linear(hidden.to(self.logit_weight.dtype), self.logit_weight, self.logit_bias).float()
+        return widen(functional.linear(hidden.to(self.logit_weight.dtype), self.logit_weight, self.logit_bias))
 
     def component(self, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale of one chosen component per token, computing 2d rows of the head instead of 2Kd (spec 1.14).
@@ -72,7 +73,7 @@ class GmmHead(nn.Module):
             (loc, scale), fp32 [N, d] each.
         """
         weight, bias = self.component_weight[index], self.component_bias[index]
-        raw = torch.einsum("nrdw,nw->nrd", weight, hidden.to(weight.dtype)).float() + bias.float()
+        raw = widen(torch.einsum("nrdw,nw->nrd", weight, hidden.to(weight.dtype))) + widen(bias)
         loc, raw_scale = raw.unbind(1)
         return loc, positive_scale(raw_scale)
 

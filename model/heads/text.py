@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.kernels.precision import widen
 from model.parallel import TensorParallel, copy_to_ranks, logsumexp_over_ranks, sharded_parameter, sum_over_ranks
 
 
@@ -22,7 +23,7 @@ class TextHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., V of this rank]."""
-        return functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        return widen(functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-log softmax at the targets: hidden [n, T, D], int64 targets [n, T] -> fp32 nats [n, T]."""

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from configs.errors import UserError
-from model import random
+from model import streams
 from model.batch import Batch, NoiseSettings, draw_drop_prefix, draw_text_first, make_batch
 from model.config import JetFormerConfig
 from model.patchify import noise_sigma
-from model.random import Stream
+from model.streams import Stream
 from pipeline.config import RunConfig
 from pipeline.data.batching import BatchPlan, split_evenly
 from pipeline.data.dataset import Dataset
@@ -303,7 +303,7 @@ def _eval_order(counts: Int64Array) -> SampleOrder:
 
 def _flip(images: npt.NDArray[np.uint8], seed: int, positions: Int64Array) -> None:
     """Mirrors half of the images in place."""
-    flipped = (random.uniform(seed, Stream.FLIP, torch.from_numpy(positions), ()) < 0.5).numpy()
+    flipped = (streams.uniform(seed, Stream.FLIP, torch.from_numpy(positions), ()) < 0.5).numpy()
     images[flipped] = images[flipped][:, :, ::-1]
 
 

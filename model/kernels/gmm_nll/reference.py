@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.kernels.precision import widen
+
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 MIN_SCALE = 1e-6
 
@@ -34,8 +36,8 @@ def linear_gmm_logsumexp_reference(hidden: Tensor, soft: Tensor, weights: HeadWe
     logit_weight, logit_bias, component_weight, component_bias = weights
     mixtures, _, soft_dim, width = component_weight.shape
     hidden = hidden.to(logit_weight.dtype)
-    logits = functional.linear(hidden, logit_weight, logit_bias).float()
-    raw = functional.linear(hidden, component_weight.reshape(-1, width), component_bias.flatten()).float()
+    logits = widen(functional.linear(hidden, logit_weight, logit_bias))
+    raw = widen(functional.linear(hidden, component_weight.reshape(-1, width), component_bias.flatten()))
     loc, raw_scale = raw.view(-1, mixtures, 2, soft_dim).unbind(2)
     log_scale = torch.asinh(raw_scale / 2).clamp(min=math.log(MIN_SCALE))
     standardised = (soft.unsqueeze(1) - loc) * torch.exp(-log_scale)
