@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway prep`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     config = configure(arguments.settings, arguments.input, arguments.output)
     if arguments.dry_run:
         _print_plan(config, arguments.embedded)

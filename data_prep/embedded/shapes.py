@@ -160,16 +160,20 @@ def render(objects: Sequence[Placed], background: str) -> np.ndarray:
 
 def coverage(item: Placed) -> np.ndarray:
     """Share of every pixel that an object covers, float [32, 32]."""
-    fine = (np.arange(RESOLUTION * _SUBSAMPLES) + 0.5) / _SUBSAMPLES
     radius = DIAMETERS[item.size] / 2
-    x, y = (fine - item.x)[None, :], (fine - item.y)[:, None]
+    cover = np.zeros((RESOLUTION, RESOLUTION))
+    left, right = (min(max(round(item.x + side * (radius + 1)), 0), RESOLUTION) for side in (-1, 1))
+    top, bottom = (min(max(round(item.y + side * (radius + 1)), 0), RESOLUTION) for side in (-1, 1))
+    x = (left + (np.arange((right - left) * _SUBSAMPLES) + 0.5) / _SUBSAMPLES - item.x)[None, :]
+    y = (top + (np.arange((bottom - top) * _SUBSAMPLES) + 0.5) / _SUBSAMPLES - item.y)[:, None]
     if item.shape == "circle":
         inside = x * x + y * y <= radius * radius
     elif item.shape == "square":
         inside = np.maximum(abs(x), abs(y)) <= radius
     else:  # point up, base down: half-width grows from 0 to the radius
         inside = (abs(y) <= radius) & (abs(x) <= (y + radius) / 2)
-    return inside.reshape(RESOLUTION, _SUBSAMPLES, RESOLUTION, _SUBSAMPLES).mean(axis=(1, 3))
+    cover[top:bottom, left:right] = inside.reshape(bottom - top, _SUBSAMPLES, right - left, _SUBSAMPLES).mean(axis=(1, 3))
+    return cover
 
 
 def make_sample(index: int, seed: int = 0) -> tuple[np.ndarray, str]:
