@@ -34,6 +34,13 @@ def image_grid(images: Tensor, *, num_columns: int | None = None, gap: int = 2) 
     return Image.fromarray(canvas)
 
 
+def thumbnail(image: Tensor, *, max_pixels: int = 96) -> Image.Image:
+    """One image, uint8 [H, W, 1 or 3], enlarged if tiny and reduced if large."""
+    picture = image_grid(image[None])
+    picture.thumbnail((max_pixels, max_pixels))
+    return picture
+
+
 def encode_png(image: Image.Image) -> bytes:
     """The image as a PNG file."""
     buffer = io.BytesIO()

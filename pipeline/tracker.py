@@ -5,6 +5,7 @@
 metrics.jsonl is the truth: every logged step stands in it once, in order, however often the run was killed and resumed.
 """
 
+import base64
 import importlib
 import json
 import logging
@@ -12,7 +13,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.loader import to_dict, to_yaml
 from pipeline.config import RunConfig
-from pipeline.image_grid import encode_png, image_grid
+from pipeline.image_grid import encode_png, image_grid, thumbnail
 from pipeline.provenance import provenance
 
 logger = logging.getLogger(__name__)
@@ -95,10 +96,16 @@ class Tracker:
             self._wandb.log({"samples": importlib.import_module("wandb").Image(str(path))}, step=step)
         return path
 
-    def save_captions(self, step: int, captions: Iterable[Mapping[str, Any]]) -> None:
-        """Appends captions written by the model: mappings with `key`, `caption` and, where known, `reference`."""
-        for caption in captions:
-            self._append(CAPTIONS, {"step": step, **caption})
+    def save_captions(self, step: int, captions: Sequence[Mapping[str, Any]], images: Tensor | None = None) -> None:
+        """Appends captions written by the model.
+
+        Args:
+            captions: mappings with `key`, `caption` and, where known, `reference` (text) and `correct` (bool).
+            images: uint8 [N, H, W, 1 or 3], shown beside them in the report: stored as small PNGs in base64.
+        """
+        for index, caption in enumerate(captions):
+            picture = {} if images is None else {"image": base64.b64encode(encode_png(thumbnail(images[index]))).decode()}
+            self._append(CAPTIONS, {"step": step, **caption, **picture})
 
     def close(self) -> None:
         """Finishes the wandb mirror."""
