@@ -9,6 +9,7 @@ enlarges. This equals "shorter side to R, centre crop" without resizing pixels t
 Arrays are uint8 [height, width] or [height, width, 3] (RGB).
 """
 
+import functools
 import io
 import warnings
 from dataclasses import dataclass
@@ -126,8 +127,15 @@ def encode(pixels: np.ndarray, image: ImageConfig) -> bytes:
 
 def decode_stored(data: bytes) -> np.ndarray:
     """Pixels of an image that `encode` wrote: uint8 [R, R] or [R, R, 3]."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+    with Image.open(io.BytesIO(data), formats=_formats()) as opened:
         return np.asarray(opened.convert("L" if opened.mode == "L" else "RGB"))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed Pillow can read (AVIF came with 11.3)."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -136,7 +144,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         if data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8:
             raise Drop("truncated", "RIFF announces more bytes")  # libwebp only says "could not create decoder"
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=_formats())
     except Drop:
         raise
     except Image.DecompressionBombError as error:

@@ -80,7 +80,7 @@ def train(captions: Iterable[str], config: TokenizerConfig) -> bytes:
             expected=f"at least {required.group(1)}" if required else "room for 256 bytes, 3 control pieces and every frequent character",
             fix="set a larger tokenizer.vocab_size",
         ) from None
-    return model.getvalue()
+    return _without_path(model.getvalue())
 
 
 @contextmanager
@@ -111,6 +111,15 @@ def _seed_file(corpus: Sequence[str], rule: str) -> Iterator[str]:
         path = Path(folder, "seeds.tsv")
         path.write_text("".join(f"{piece}\t{score}\n" for score, piece in ranked), encoding="utf-8")
         yield str(path)
+
+
+def _without_path(data: bytes) -> bytes:
+    """The model without the name of the temporary seed file, which SentencePiece records among its settings."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    model.trainer_spec.ClearField("seed_sentencepieces_file")
+    return bytes(model.SerializeToString())
 
 
 def load(data: bytes, where: str = "the tokenizer") -> Any:
