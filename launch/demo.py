@@ -56,7 +56,7 @@ class Places:
 
     @property
     def samples(self) -> Path:
-        """Images drawn from the prompts."""
+        """Images drawn from the prompts, one by one; beside it, `samples.png` shows all."""
         return self.root / "samples"
 
     @property
@@ -102,7 +102,8 @@ class Demo:
 
     def sample(self) -> list[str]:
         """Draws an image for each prompt."""
-        return ["sample", str(self.places.run), "--prompts", str(self.places.prompts), "--output", str(self.places.samples)]
+        files = ["--output", f"{self.places.samples}.png", "--save-images", str(self.places.samples)]
+        return ["sample", str(self.places.run), "--prompts-file", str(self.places.prompts), *files]
 
     def caption(self) -> list[str]:
         """Writes a caption for each held-out image."""
