@@ -92,6 +92,15 @@ class Demo:
         """Folder of images and captions -> data set."""
         return ["prep", "data/digits", "--embedded", "digits", "--input", str(self.places.digits), "--output", str(self.places.data)]
 
+    def fit_tokenizer(self) -> None:
+        """Takes the vocabulary from the data set, should another release of SentencePiece have made another number of pieces."""
+        from data_prep.schema import Manifest
+        from data_prep.storage import open_storage
+
+        num_pieces = Manifest.load(open_storage(self.places.data)).tokenizer.num_pieces
+        if num_pieces != self.config.model.text.num_pieces:
+            self.overrides.append(f"model.text.num_pieces={num_pieces}")
+
     def train(self) -> list[str]:
         """Trains from the start, or from the newest checkpoint."""
         return ["train", CONFIG, *self.overrides]
@@ -124,6 +133,7 @@ def main(argv: Sequence[str]) -> int:
 
     _title("1. A folder of scanned digits with captions becomes a data set")
     _run(demo.prep())
+    demo.fit_tokenizer()
     _title(f"2. Train on {demo.config.parallel.processes} processes; stop half-way, as a scheduler would, with SIGTERM")
     _run_until_step(demo.train(), demo.config.total_steps // 2, places.run / "metrics.jsonl")
     _title("3. The same command again: it resumes from its checkpoint")
