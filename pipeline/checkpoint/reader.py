@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 64
 """Data files kept mapped at a time by one reader."""
+NUM_VERIFY_THREADS = 4
+"""Files that one process digests at a time; hashing leaves the interpreter lock."""
 
 
 class CheckpointReader:
@@ -150,9 +153,10 @@ def _verify(path: Path, ranks: Ranks) -> list[str]:
     unreadable = None
     try:
         manifest, problems = _verify_manifest(path)
-        for number, file in enumerate(manifest.files if manifest is not None else ()):
-            if number % ranks.size == ranks.rank:
-                problems += _verify_file(path / file.name, file.num_bytes, file.sha256)
+        own = manifest.files[ranks.rank :: ranks.size] if manifest is not None else ()
+        with ThreadPoolExecutor(NUM_VERIFY_THREADS) as pool:
+            for found in pool.map(lambda file: _verify_file(path / file.name, file.num_bytes, file.sha256), own):
+                problems += found
     except OSError as error:
         unreadable = str(error)
     gathered = ranks.all_gather((problems, unreadable))
