@@ -18,7 +18,7 @@ CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 COMMAND = re.compile(r"\bjetway ([a-z][a-z_-]*)")
 MODULE = re.compile(r"\bpython -m ((?:configs|data_prep|launch|model|pipeline)[\w.]*)")
 TARGET = re.compile(r"\bmake ([a-z]+)")
-CONFIG = re.compile(r"\b(?:configs/)?((?:train|data)/[a-z0-9_]+)(?:\.yaml)?\b")
+CONFIG = re.compile(r"\bjetway (?:train|prep) ((?:train|data)/\w+)")
 
 
 def tracked(pattern: str) -> list[Path]:
@@ -64,12 +64,10 @@ def test_make_targets_exist(page: Path) -> None:
     assert not unknown, f"no such target: {unknown}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "tests"], ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_configurations_exist(page: Path) -> None:
-    for block in CODE.findall(page.read_text(encoding="utf-8")):
-        for command in re.findall(r"jetway (?:train|prep)[^\n`]*", block):
-            for name in CONFIG.findall(command):
-                assert resolve_path(name).is_file()
+    for name in in_code(page, CONFIG):
+        assert resolve_path(name).is_file()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=name_of)
