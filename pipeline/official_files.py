@@ -3,6 +3,7 @@
 A folder holds one zarr (version 2) array per parameter, `/` in names written as `~`: `params~decoder~final_norm~scale/.zarray`.
 """
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -78,7 +79,8 @@ def write_official(path: Path, arrays: Mapping[str, np.ndarray], config: JetForm
     except OSError as error:
         raise UserError(f"cannot write {path}", got=error, fix="free space or choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _parameters(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

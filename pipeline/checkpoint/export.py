@@ -3,6 +3,7 @@
 The bytes depend on the weights only, not on the layout or machine that trained them.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -64,7 +65,8 @@ def _write(path: Path, entries: list[Entry], config: JetFormerConfig, extra: Map
     except OSError as error:
         raise UserError(f"cannot write {path}", got=error, fix="free space or choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 

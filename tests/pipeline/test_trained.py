@@ -1,0 +1,56 @@
+"""Opening what training left behind."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from pipeline.export import main as export
+from pipeline.trained import find_codec, open_trained, read_trained_config
+
+
+def test_run_checkpoint_and_exported_file_are_the_same_model(tiny_run, tmp_path, capsys):
+    exported = tmp_path / "model.safetensors"
+    assert export([str(tiny_run), "--output", str(exported)]) == 0
+    models = [open_trained(path).model for path in (tiny_run, tiny_run / "checkpoints" / "step_00000003", exported)]
+    reference = models[0].state_dict()
+    for model in models[1:]:
+        assert model.state_dict().keys() == reference.keys()
+        assert all(torch.equal(value, reference[name]) for name, value in model.state_dict().items())
+    assert not models[0].training
+
+
+def test_moving_average_is_taken_on_request(tiny_run):
+    raw, ema = (open_trained(tiny_run, ema=ema).model.state_dict() for ema in (False, True))
+    name = "head.gmm.logit_weight"
+    assert torch.equal(ema[name], raw[name] * 0.5)
+
+
+def test_tokenizer_comes_from_the_run_its_data_set_or_the_command_line(tiny_run, tiny_config, tmp_path):
+    config, folder = read_trained_config(tiny_run)
+    assert folder == tiny_run
+    assert config.model == tiny_config.model
+    text = "a red"
+    assert find_codec(config, folder).decode(find_codec(config, folder).encode([text]).ids[0].tolist()) == text
+    assert find_codec(config, tmp_path, tiny_run / "tokenizer.model").encode([text]).ids.shape == (1, 12)
+    with pytest.raises(UserError, match="--tokenizer"):
+        find_codec(config, tmp_path)
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        find_codec(config, tmp_path, tmp_path / "none.model")
+
+
+def test_tokenizer_of_another_model_is_refused(tiny_run, tiny_config):
+    text = dataclasses.replace(tiny_config.model.text, num_pieces=77)
+    other = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, text=text))
+    with pytest.raises(UserError, match="not the model's"):
+        find_codec(other, tiny_run)
+
+
+def test_nothing_there_is_a_users_mistake(tmp_path):
+    for path in (tmp_path / "no_run", tmp_path / "no.safetensors"):
+        with pytest.raises(UserError):
+            open_trained(path)
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        read_trained_config(tmp_path / "text.safetensors")
