@@ -5,6 +5,7 @@ Each figure at the end is computed from what those commands wrote, on held-out d
 """
 
 import argparse
+import base64
 import json
 import shlex
 import shutil
@@ -30,7 +31,7 @@ MARKER = ".jetway-demo"
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the demo keeps what it makes."""
+    """Where the demo keeps what it makes: `root` is the training run's folder, and the rest lies in it."""
 
     root: Path
 
@@ -45,19 +46,14 @@ class Places:
         return self.root / "data"
 
     @property
-    def run(self) -> Path:
-        """The training run: checkpoints, metrics, report."""
-        return self.root / "run"
-
-    @property
     def prompts(self) -> Path:
         """One prompt a line."""
         return self.root / "prompts.txt"
 
     @property
-    def samples(self) -> Path:
-        """Images drawn from the prompts, one by one; beside it, `samples.png` shows all."""
-        return self.root / "samples"
+    def generated(self) -> Path:
+        """Images drawn from the prompts, one by one; beside it, `generated.png` shows all."""
+        return self.root / "generated"
 
     @property
     def heldout(self) -> Path:
@@ -65,13 +61,13 @@ class Places:
         return self.root / "heldout"
 
     @property
-    def captions(self) -> Path:
-        """What the model wrote for them."""
-        return self.root / "captions.jsonl"
+    def written(self) -> Path:
+        """The captions that the model wrote for them."""
+        return self.root / "heldout_captions.jsonl"
 
     @property
     def summary(self) -> Path:
-        """The figures."""
+        """The figures, shown at the top of the report too."""
         return self.root / "summary.json"
 
 
@@ -85,12 +81,12 @@ class Demo:
             ConfigError: they do not fit the configuration.
         """
         self.places = places
-        self.overrides = [f"data.path={places.data}", f"output_dir={places.run}", *overrides]
+        self.overrides = [f"data.path={places.data}", f"output_dir={places.root}", *overrides]
         self.config = load_config(RunConfig, CONFIG, self.overrides)
 
     def prep(self) -> list[str]:
         """Folder of images and captions -> data set."""
-        return ["prep", "data/digits", "--embedded", "digits", "--input", str(self.places.digits), "--output", str(self.places.data)]
+        return ["jetway", "prep", "data/digits", "--embedded", "digits", "--input", str(self.places.digits), "--output", str(self.places.data)]
 
     def fit_tokenizer(self) -> None:
         """Takes the vocabulary from the data set, should another release of SentencePiece have made another number of pieces."""
@@ -103,20 +99,24 @@ class Demo:
 
     def train(self) -> list[str]:
         """Trains from the start, or from the newest checkpoint."""
-        return ["train", CONFIG, *self.overrides]
+        return ["jetway", "train", CONFIG, *self.overrides]
 
     def evaluate(self) -> list[str]:
         """Bits per subpixel on the held-out split."""
-        return ["eval", str(self.places.run)]
+        return ["jetway", "eval", str(self.places.root)]
 
     def sample(self) -> list[str]:
         """Draws an image for each prompt."""
-        files = ["--output", f"{self.places.samples}.png", "--save-images", str(self.places.samples)]
-        return ["sample", str(self.places.run), "--prompts-file", str(self.places.prompts), *files]
+        files = ["--output", f"{self.places.generated}.png", "--save-images", str(self.places.generated)]
+        return ["jetway", "sample", str(self.places.root), "--prompts-file", str(self.places.prompts), *files]
 
     def caption(self) -> list[str]:
         """Writes a caption for each held-out image."""
-        return ["caption", str(self.places.run), str(self.places.heldout), "--output", str(self.places.captions)]
+        return ["jetway", "caption", str(self.places.root), str(self.places.heldout), "--output", str(self.places.written)]
+
+    def report(self) -> list[str]:
+        """Puts everything on one page."""
+        return ["python", "-m", "pipeline.report", str(self.places.root)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -125,8 +125,8 @@ def main(argv: Sequence[str]) -> int:
     places = Places(Path(arguments.output))
     demo = Demo(places, arguments.overrides)
     if arguments.dry_run:
-        for command in (demo.prep(), demo.train(), demo.train(), demo.evaluate(), demo.sample(), demo.caption()):
-            print(f"$ {_as_typed(command)}")
+        for command in (demo.prep(), demo.train(), demo.train(), demo.evaluate(), demo.sample(), demo.caption(), demo.report()):
+            print(f"$ {shlex.join(command)}")
         return 0
     started = time.perf_counter()
     _claim(places.root)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     _run(demo.prep())
     demo.fit_tokenizer()
     _title(f"2. Train on {demo.config.parallel.processes} processes; stop half-way, as a scheduler would, with SIGTERM")
-    _run_until_step(demo.train(), demo.config.total_steps // 2, places.run / "metrics.jsonl")
+    _run_until_step(demo.train(), demo.config.total_steps // 2, places.root / "metrics.jsonl")
     _title("3. The same command again: it resumes from its checkpoint")
     _run(demo.train())
     _title("4. Evaluate on held-out digits")
@@ -147,9 +147,11 @@ def main(argv: Sequence[str]) -> int:
     labels = _write_heldout(places.data, places.heldout)
     _run(demo.caption())
 
-    _title("7. Figures")
+    _title("7. Figures and report")
     summary = summarise(places, asked, labels, wall_seconds=time.perf_counter() - started)
     places.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    _add_captions_to_report(places, labels, demo.config.total_steps)
+    _run(demo.report())
     print(_figures(summary, places))
     return 0
 
@@ -162,12 +164,12 @@ def summarise(places: Places, asked: Sequence[int], labels: dict[str, int], *, w
     from pipeline.provenance import git_revision
 
     scorer = train_scorer(str(places.data))
-    captions = _records(places.captions)
-    training = [record["images_per_second"] for record in _records(places.run / "metrics.jsonl")]
+    captions = _records(places.written)
+    training = [record["images_per_second"] for record in _records(places.root / "metrics.jsonl")]
     return {
-        "generated_digit_accuracy": scorer.accuracy(_read_samples(places.samples, len(asked)), np.array(asked)),
+        "generated_digit_accuracy": scorer.accuracy(_read_samples(places.generated, len(asked)), np.array(asked)),
         "caption_accuracy": _caption_accuracy(captions, labels),
-        "bits_per_subpixel": _records(places.run / "eval.jsonl")[-1]["image_bits"],
+        "bits_per_subpixel": _records(places.root / "eval.jsonl")[-1]["image_bits"],
         "images_per_second": statistics.median(training),
         "wall_seconds": wall_seconds,
         "git_revision": git_revision()["revision"],
@@ -199,16 +201,12 @@ def _claim(root: Path) -> None:
     (root / MARKER).write_text("Made by `jetway demo`, and made anew by the next one.\n", encoding="utf-8")
 
 
-def _as_typed(command: Sequence[str]) -> str:
-    return shlex.join(["jetway", *command])
-
-
 def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
 def _run(command: Sequence[str]) -> None:
-    """Runs one verb in a process of its own, shown as it would be typed."""
+    """Runs one command in a process of its own, shown as it would be typed."""
     process = _start(command)
     _finish(process, command)
 
@@ -226,8 +224,11 @@ def _run_until_step(command: Sequence[str], step: int, metrics: Path) -> None:
 
 
 def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
-    print(f"$ {_as_typed(command)}", flush=True)
-    return subprocess.Popen([sys.executable, "-m", "launch.cli", *command])
+    print(f"$ {shlex.join(command)}", flush=True)
+    program, *arguments = command
+    # This very interpreter and installation, whatever PATH holds.
+    executable = [sys.executable, "-m", "launch.cli"] if program == "jetway" else [sys.executable]
+    return subprocess.Popen([*executable, *arguments])
 
 
 def _finish(process: "subprocess.Popen[bytes]", command: Sequence[str]) -> None:
@@ -237,7 +238,7 @@ def _finish(process: "subprocess.Popen[bytes]", command: Sequence[str]) -> None:
         process.wait()  # it got the same Ctrl-C, and is ending in good order
         raise
     if code != 0:
-        raise UserError(f"the demo stopped: `jetway {command[0]}` ended with exit code {code}", fix="its own message is above")
+        raise UserError(f"the demo stopped: `{' '.join(command[:2])}` ended with exit code {code}", fix="its own message is above")
 
 
 def _write_prompts(path: Path) -> list[int]:
@@ -285,6 +286,18 @@ def _caption_accuracy(captions: Sequence[dict[str, Any]], labels: dict[str, int]
     return sum(said.get(name) == digit for name, digit in labels.items()) / len(labels)
 
 
+def _add_captions_to_report(places: Places, labels: dict[str, int], step: int) -> None:
+    """Appends them to the run's captions.jsonl in the form that the report shows: picture, text, right or wrong."""
+    from data_prep.embedded.digits import parse_digit
+
+    with (places.root / "captions.jsonl").open("a", encoding="utf-8") as file:
+        for record in _records(places.written):
+            name = Path(record["file"]).name
+            picture = base64.b64encode((places.heldout / name).read_bytes()).decode()
+            shown = {"key": name, "image": picture, "caption": record["caption"], "reference": str(labels[name])}
+            file.write(json.dumps({"step": step, **shown, "correct": parse_digit(record["caption"]) == labels[name]}) + "\n")
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file; [] while there is none."""
     if not path.is_file():
@@ -303,6 +316,6 @@ def _figures(summary: dict[str, Any], places: Places) -> str:
             f"training speed                                   {summary['images_per_second']:.0f} images/s",
             f"whole demo                                       {summary['wall_seconds'] / 60:.1f} minutes",
             f"these figures: {places.summary}",
-            f"report:        {places.run / 'report.html'}",
+            f"report:        {places.root / 'report.html'}",
         ]
     )

@@ -13,8 +13,8 @@ from launch import demo
 def test_dry_run_prints_every_command_and_writes_nothing(tmp_path: Path, capsys) -> None:
     root = tmp_path / "demo"
     assert demo.main(["--output", str(root), "total_steps=10", "--dry-run"]) == 0
-    verbs = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
-    assert verbs == ["prep", "train", "train", "eval", "sample", "caption"]
+    verbs = [" ".join(line.split()[1:3]) for line in capsys.readouterr().out.splitlines()]
+    assert verbs == [*(f"jetway {verb}" for verb in ("prep", "train", "train", "eval", "sample", "caption")), "python -m"]
     assert not root.exists()
 
 
@@ -72,7 +72,7 @@ for step in range(10, 2000, 10):
 """
     start = demo.subprocess.Popen
     monkeypatch.setattr(demo.subprocess, "Popen", lambda command: start([sys.executable, "-c", program]))
-    demo._run_until_step(["train", "x"], 30, metrics)
+    demo._run_until_step(["jetway", "train", "x"], 30, metrics)
     assert "stopped in order" in capfd.readouterr().out
     assert 30 <= json.loads(metrics.read_text().splitlines()[-1])["step"] < 1000
 
@@ -81,4 +81,4 @@ def test_failed_command_stops_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     start = demo.subprocess.Popen
     monkeypatch.setattr(demo.subprocess, "Popen", lambda command: start([sys.executable, "-c", "raise SystemExit(3)"]))
     with pytest.raises(UserError, match="exit code 3"):
-        demo._run(["eval", "x"])
+        demo._run(["jetway", "eval", "x"])
