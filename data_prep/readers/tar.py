@@ -24,12 +24,17 @@ class TarReader:
         size, total, offset = config.samples_per_shard, 0, 0
         try:
             with open(path, "rb") as file:
-                for _, members in _groups(_open(file, path)):
+                archive = _open(file, path)
+                for _, members in _groups(archive):
                     if total and total % size == 0:
                         yield Slice(kind="tar", path=str(path), start=total - size, count=size, offset=offset)
                     if total % size == 0:
                         offset = members[0][1].offset
                     total += 1
+                # tarfile takes a header that is cut off for the end; the real end is a block of zeros.
+                file.seek(archive.offset)  # type: ignore[attr-defined]
+                if file.read(512) != bytes(512):
+                    raise tarfile.ReadError("it has no end mark")
         except tarfile.TarError as error:
             if total == 0:
                 raise UserError(f"{path} is not a whole tar", got=error, fix="replace it or remove it from the input") from None
