@@ -48,7 +48,8 @@ def ustar_header(name: str, size: int) -> bytes:
         raise ValueError(f"{name!r} of {size} bytes does not fit a ustar header")
     header = bytearray(BLOCK)
     header[: len(encoded)] = encoded
-    header[100:148] = b"0000644\0" b"0000000\0" b"0000000\0" b"%011o\0" b"00000000000\0" % size
+    # Mode, user, group, size, time. One literal each: a NUL directly before digits would read as an octal escape.
+    header[100:148] = b"%b\0%b\0%b\0%011o\0%b\0" % (b"0000644", b"0000000", b"0000000", size, b"0" * 11)
     header[148:157] = b"        0"
     header[257:265] = b"ustar\x0000"
     header[148:156] = b"%06o\0 " % sum(header)
@@ -123,13 +124,9 @@ class ShardWriter:
         )
         storage.put_file(self._path, tar_path(shard, folder), move=True)
         index_sha256 = index.dump(storage, shard, folder=folder)
-        return ShardInfo(
-            name=shard, num_samples=len(index), num_bytes=self._position, sha256=self._digest.hexdigest(), index_sha256=index_sha256
-        )
+        return ShardInfo(name=shard, num_samples=len(index), num_bytes=self._position, sha256=self._digest.hexdigest(), index_sha256=index_sha256)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._position += len(data)
-
-
