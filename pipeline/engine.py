@@ -43,7 +43,7 @@ class Engine:
         self.config, self.layout = config, layout
         self.micro_batch_size, self.num_micro_batches = check_layout(config, layout.world_size)
         self.specs = layer_specs(config.model, layout.tensor_parallel)
-        self.bounds = partition([spec.training_flops for spec in self.specs], layout.pipe)
+        self.bounds = cut_stages(self.specs, layout.pipe)
         self.stage = self._build_stage()
         self._deepspeed = _start_deepspeed(self.stage, self.specs, self.bounds, config, layout, self._deepspeed_config())
         self.zero = ZeroState(self.stage, self._deepspeed.optimizer, layout, config.optimizer.ema_decay)
@@ -126,6 +126,13 @@ class Engine:
             settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
         return settings
+
+
+def cut_stages(specs: Sequence[LayerSpec], num_stages: int) -> list[int]:
+    """Bounds of the stages, balanced by training FLOPs. The first two layers stay together: patchify has no parameters."""
+    costs = [spec.training_flops for spec in specs]
+    bounds = partition([costs[0] + costs[1], *costs[2:]], num_stages)
+    return [0, *(bound + 1 for bound in bounds[1:])]
 
 
 def _start_deepspeed(

@@ -12,7 +12,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
 
     torch multiplies weight decay by the learning rate, so the reference's 1e-4 at learning rate 1e-3 is 0.1 here.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         (decayed if init.decays(name) else plain).append(parameter)
     groups = [

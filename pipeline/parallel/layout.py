@@ -111,6 +111,15 @@ def check_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
             got=str(error),
             fix="change parallel.*, data.* or the number of processes",
         ) from None
+    # Patchify shares a stage with the first coupling: it has no parameters.
+    num_cuttable = config.model.flow.depth + config.model.decoder.depth + 2
+    if config.parallel.pipeline > num_cuttable:
+        raise UserError(
+            "more pipeline stages than layers to put in them",
+            got=f"parallel.pipeline={config.parallel.pipeline}",
+            expected=f"at most {num_cuttable}",
+            fix="lower parallel.pipeline, or deepen the model",
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA device is visible", fix="set device=cpu, or run `jetway doctor`")
     return micro_batch_size, num_micro_batches

@@ -73,7 +73,7 @@ class PipelineStage(nn.Module):
         self.stats.add(state.stats)
         if self.is_last:
             return state.total_loss()
-        outgoing = pack(state)
+        outgoing = self.pack(state)
         if state.aux is not None and state.aux.requires_grad:
             # The engine divides the loss of the last stage by the number of micro-batches; this term never goes there.
             outgoing = attach_aux(outgoing, state.aux, 1.0 / self.num_micro_batches)
@@ -88,6 +88,10 @@ class PipelineStage(nn.Module):
             else:
                 state = layer(state, batch)
         return state
+
+    def pack(self, state: State) -> Tensor:
+        """The outgoing edge, in the dtype of the parameters."""
+        return pack(state, next(self.parameters()).dtype)
 
     def _unpack(self, previous: LayerSpec, edge: Tensor | None) -> State:
         assert edge is not None
