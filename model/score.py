@@ -64,5 +64,6 @@ def _read_candidates(prefix: CachedDecoder, first: Tensor, text: Tensor, text_ma
         return first
     rows, mask = text[:, :-1].repeat(num_images, 1), text_mask[:, :-1].repeat(num_images, 1)
     x = prefix.model.embed.embed_text(rows, torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
-    decoder = prefix.branch(num, extra=x.shape[1])
+    copies = torch.arange(num_images, device=rows.device).repeat_interleave(num)
+    decoder = prefix.take(copies, extra=x.shape[1])
     return torch.cat([first, decoder.extend(x, None if bool(mask.all()) else mask)], dim=1)

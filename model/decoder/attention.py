@@ -73,12 +73,17 @@ class Attention(nn.Module):
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
         if cache is not None:
             k, v = cache.append(k, v)
+        return self.out(self._attend(q, k, v, context.mask).transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, S, H], keys and values [B, G, P, H] -> [B, N, S, H]."""
         group = q.shape[1] // k.shape[1]
+        if q.shape[2] == 1:
+            # One position, as in sampling: the query heads of a group are so many queries of one head, and no key is copied.
+            return functional.scaled_dot_product_attention(q.unflatten(1, (-1, group)).squeeze(3), k, v, attn_mask=mask).flatten(1, 2).unsqueeze(2)
         if group > 1:
             k, v = (t.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
-        causal = context.mask is None and q.shape[2] > 1
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
     def _keys_and_values(self, x: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
         """[B, G of this rank, S, H] each.

@@ -6,7 +6,7 @@ Letters: B rows, S new positions, P positions with the cached ones, D width.
 import torch
 from torch import Tensor
 
-from model.decoder.attention import AttentionContext, KvCache, new_cache
+from model.decoder.attention import AttentionContext, new_cache
 from model.decoder.rope import rope_tables
 from model.jetformer import JetFormer
 
@@ -44,15 +44,15 @@ class CachedDecoder:
         self.length += x.shape[1]
         return self.model.head.norm(x)
 
-    def branch(self, num: int, *, extra: int) -> "CachedDecoder":
-        """`num` copies of every row side by side (b0, b0, ..., b1, b1, ...), with room for `extra` more positions."""
-        branched = CachedDecoder(self.model, batch_size=self.batch_size * num, length=self.length + extra)
-        for old, new in zip(self.caches, branched.caches, strict=True):
-            _fill(new, old, num)
-        branched.length = self.length
+    def take(self, rows: Tensor, *, extra: int) -> "CachedDecoder":
+        """A decoder whose row i goes on from row `rows[i]` of this one, with room for `extra` more positions: prefixes are read once."""
+        taken = CachedDecoder(self.model, batch_size=len(rows), length=self.length + extra)
+        for old, new in zip(self.caches, taken.caches, strict=True):
+            new.append(old.keys[rows, :, : old.length], old.values[rows, :, : old.length])
+        taken.length = self.length
         if self.key_mask is not None:
-            branched.key_mask = self.key_mask.repeat_interleave(num, dim=0)
-        return branched
+            taken.key_mask = self.key_mask[rows]
+        return taken
 
     def _context(self, x: Tensor, mask: Tensor | None) -> AttentionContext:
         """Rotary tables of the new positions, and what they may see."""
@@ -74,7 +74,3 @@ class CachedDecoder:
         """bool [S, P]."""
         new = x.shape[1]
         return torch.ones(new, self.length + new, dtype=torch.bool, device=x.device).tril(self.length)
-
-
-def _fill(new: KvCache, old: KvCache, num: int) -> None:
-    new.append(old.keys[:, :, : old.length].repeat_interleave(num, dim=0), old.values[:, :, : old.length].repeat_interleave(num, dim=0))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import random
-from model.random import Stream
+from model import streams
+from model.streams import Stream
 
 
 class Purpose(enum.IntEnum):
@@ -41,11 +41,11 @@ class TokenDraws:
 
     def uniform(self, purpose: Purpose, shape: Sequence[int] = (), *, chunk: int = 0) -> Tensor:
         """fp32 in [0, 1), [B, *shape]."""
-        return random.uniform(self.seed, Stream.SAMPLING, self.positions, shape, substream=self._substream(purpose, chunk))
+        return streams.uniform(self.seed, Stream.SAMPLING, self.positions, shape, substream=self._substream(purpose, chunk))
 
     def normal(self, purpose: Purpose, shape: Sequence[int], *, chunk: int = 0) -> Tensor:
         """Standard normal fp32 [B, *shape]."""
-        return random.normal(self.seed, Stream.SAMPLING, self.positions, shape, substream=self._substream(purpose, chunk))
+        return streams.normal(self.seed, Stream.SAMPLING, self.positions, shape, substream=self._substream(purpose, chunk))
 
     def rows(self, index: Tensor) -> "TokenDraws":
         """The same numbers, for some of the samples."""

@@ -82,12 +82,8 @@ def sample_soft_tokens(
 
     With guidance every example is two rows side by side, conditional and unconditional, which share what is drawn.
     """
-    copies = 2 if settings.cfg_scale else 1
-    drop = (torch.arange(copies * len(text), device=text.device) % copies).bool()
-    x, mask = text_prefix(model, text.repeat_interleave(copies, 0), text_mask.repeat_interleave(copies, 0), drop)
-    num_tokens = model.config.image.num_tokens
-    decoder = CachedDecoder(model, batch_size=len(x), length=x.shape[1] + num_tokens - 1)
-    hidden = decoder.extend(x, None if bool(mask.all()) else mask)[:, -1]
+    copies, num_tokens = 2 if settings.cfg_scale else 1, model.config.image.num_tokens
+    decoder, hidden = _read_captions(model, text, text_mask, unconditional=copies == 2, extra=num_tokens - 1)
     tokens: list[Tensor] = []
     for index in range(num_tokens):
         if tokens:
@@ -96,6 +92,23 @@ def sample_soft_tokens(
         if on_token is not None:
             on_token(1)
     return torch.stack(tokens, dim=1)
+
+
+def _read_captions(model: JetFormer, text: Tensor, text_mask: Tensor, *, unconditional: bool, extra: int) -> tuple[CachedDecoder, Tensor]:
+    """The decoder after [BOS, text, BOI], and its last hidden states [rows, D]: one row per example, or with `unconditional` two.
+
+    An unconditional prefix is all NOLABEL and attended whole. Equal prefixes, and every unconditional one, are read once.
+    """
+    prefixes = torch.cat([text, text_mask.long()], dim=1)
+    if unconditional:
+        dropped = torch.cat([torch.full_like(text, model.config.text.nolabel_id), torch.ones_like(text)], dim=1)
+        prefixes = torch.stack([prefixes, dropped], dim=1).flatten(0, 1)
+    distinct, rows = torch.unique(prefixes, dim=0, return_inverse=True)
+    ids, attended = distinct.chunk(2, dim=1)
+    x, mask = text_prefix(model, ids, attended.bool())
+    decoder = CachedDecoder(model, batch_size=len(x), length=x.shape[1])
+    hidden = decoder.extend(x, None if bool(mask.all()) else mask)[:, -1]
+    return decoder.take(rows, extra=extra), hidden[rows]
 
 
 def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: TokenDraws) -> Tensor:

@@ -6,26 +6,26 @@ Letters: B examples, T text slots, R prefix repeats, I image tokens, C subpixels
 import torch
 from torch import Tensor
 
-from model import random
+from model import streams
 from model.jetformer import JetFormer
 from model.patchify import GREY_STEP, patchify
-from model.random import Stream
+from model.streams import Stream
 
 
-def text_prefix(model: JetFormer, text: Tensor, text_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+def text_prefix(model: JetFormer, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
     """BOS, text R times, BOI, as decoder inputs.
 
     Args:
         text: int64 [B, T]; text_mask: bool [B, T].
-        drop: bool [B], rows whose text is replaced by NOLABEL and attended whole.
 
     Returns:
         ([B, R*T + 2, D], key mask bool [B, R*T + 2]).
     """
     bos, boi = model.embed.embed_markers(len(text), text.device)
-    mask = (text_mask | drop[:, None]).repeat(1, model.config.text.num_repeats)
+    nothing_dropped = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     one = torch.ones(len(text), 1, dtype=torch.bool, device=text.device)
-    return torch.cat([bos, model.embed.embed_text(text, drop), boi], dim=1), torch.cat([one, mask, one], dim=1)
+    mask = torch.cat([one, text_mask.repeat(1, model.config.text.num_repeats), one], dim=1)
+    return torch.cat([bos, model.embed.embed_text(text, nothing_dropped), boi], dim=1), mask
 
 
 def image_prefix(model: JetFormer, soft: Tensor, *, bos: bool) -> Tensor:
@@ -50,7 +50,7 @@ def encode_images(model: JetFormer, images: Tensor, *, seed: int = 0, positions:
     if images.dtype != torch.uint8 or images.dim() != 4 or tuple(images.shape[1:]) != expected:
         raise ValueError(f"images must be uint8 [B, {', '.join(map(str, expected))}], not {images.dtype} {list(images.shape)}")
     positions = row_positions(len(images), images.device) if positions is None else positions
-    noise = random.uniform(seed, Stream.DEQUANTISATION, positions, expected)
+    noise = streams.uniform(seed, Stream.DEQUANTISATION, positions, expected)
     return model.encode(patchify(images.float() * GREY_STEP - 1 + noise * GREY_STEP, image.patch_size))[0]
 
 

@@ -38,15 +38,16 @@ def test_pads_are_neither_seen_nor_counted(small_model):
             torch.testing.assert_close(hidden[row, mask[row]], alone[0], rtol=1e-5, atol=1e-5)
 
 
-def test_branches_continue_from_the_same_past(small_model):
-    prefix, ends = embedded(small_model, 2, 5), embedded(small_model, 6, 3)
+def test_taken_rows_continue_from_the_same_past(small_model):
+    prefix, ends = embedded(small_model, 2, 5), embedded(small_model, 4, 3)
+    rows = torch.tensor([1, 0, 0, 1])
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 2] = False
     for given in (None, mask):
         with torch.no_grad():
             decoder = CachedDecoder(small_model, batch_size=2, length=5)
             decoder.extend(prefix, given)
-            branched = decoder.branch(3, extra=3).extend(ends)
-            plain = CachedDecoder(small_model, batch_size=6, length=8)
-            plain.extend(prefix.repeat_interleave(3, 0), None if given is None else given.repeat_interleave(3, 0))
-            torch.testing.assert_close(branched, plain.extend(ends), rtol=1e-5, atol=1e-5)
+            taken = decoder.take(rows, extra=3).extend(ends)
+            plain = CachedDecoder(small_model, batch_size=4, length=8)
+            plain.extend(prefix[rows], None if given is None else given[rows])
+            torch.testing.assert_close(taken, plain.extend(ends), rtol=1e-5, atol=1e-5)
