@@ -83,7 +83,7 @@ def _explain(error: UserError | ModuleNotFoundError | OSError) -> str | None:
         if (error.name or "").split(".")[0] in ("configs", "data_prep", "launch", "model", "pipeline"):
             return None
         return f"the package {error.name!r} is not installed\n  to fix: `jetway doctor` lists what is missing and how to install it"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space left\n  got: {error}\n  to fix: free some space, or choose another folder, and run the same command again"
     return None
 
