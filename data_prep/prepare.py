@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from configs.errors import UserError
 from data_prep.cluster import ray_session, run_tasks
 from data_prep.config import PrepConfig, identity
 from data_prep.decode import REASONS
-from data_prep.plan import PLAN_FILE, Plan, differences, make_plan
+from data_prep.plan import PLAN_FILE, Plan, Task, differences, make_plan
 from data_prep.process import PARTS, PartRecord, finished_parts, finished_shards, plan_shards, write_part, write_shard
 from data_prep.schema import SPLITS, Counts, ImageInfo, Manifest, ShardInfo, Split, TokenizerInfo, generations
 from data_prep.storage import LocalStorage, Storage, open_storage, writing
@@ -48,11 +49,12 @@ def prepare(config: PrepConfig) -> tuple[Manifest, bool]:
             _delete(storage, f"{PARTS}/")
             _report_changed_input(plan, config)
             return manifest, False
+        located = _absolute(config)
         with ray_session(config.ray):
-            parts = _make_parts(plan, config, storage)
+            parts = _make_parts(plan, located, storage)
             _require_samples(parts, storage)
-            splits = _make_shards(parts, config, storage)
-            tokenizer = _make_tokenizer(splits, config)
+            splits = _make_shards(parts, located, storage)
+            tokenizer = _make_tokenizer(splits, located)
         manifest = _manifest(plan, parts, splits, tokenizer, config)
         manifest.dump(storage)
         _delete(storage, f"{PARTS}/")
@@ -84,7 +86,7 @@ def _agree_on_plan(config: PrepConfig, storage: Storage, fresh: Plan | None) -> 
 
 def _make_parts(plan: Plan, config: PrepConfig, storage: Storage) -> list[PartRecord]:
     records = finished_parts(storage)
-    remaining = [task for task in plan.tasks if task.number not in records]
+    remaining = [_absolute_task(task) for task in plan.tasks if task.number not in records]
     if records:
         logger.info("%d of %d tasks were finished by an earlier run", len(records), len(plan.tasks))
     done = sum(record.read for record in records.values())
@@ -181,6 +183,17 @@ def _report_changed_input(plan: Plan, config: PrepConfig) -> None:
             plan.num_samples,
             now.num_samples,
         )
+
+
+def _absolute(config: PrepConfig) -> PrepConfig:
+    """The configuration for workers, whose current folder may be another. The stored one keeps the paths as they were given."""
+    model = config.tokenizer.model_file
+    tokenizer = replace(config.tokenizer, model_file=os.path.abspath(model) if model else None)
+    return replace(config, output=config.output if "://" in config.output else os.path.abspath(config.output), tokenizer=tokenizer)
+
+
+def _absolute_task(task: Task) -> Task:
+    return replace(task, slices=tuple(replace(part, path=os.path.abspath(part.path)) for part in task.slices))
 
 
 def _delete(storage: Storage, prefix: str) -> None:

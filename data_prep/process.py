@@ -12,6 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -215,7 +216,7 @@ def _raw_samples(config: PrepConfig, task: Task) -> Iterator[RawSample]:
         else:
             problem = Drop("missing_file", "the input has shrunk since the plan was made")
         for missing in range(number, part.count):
-            yield RawSample(source=f"{part.path}#{part.start + missing}", problem=problem)
+            yield RawSample(source=f"{Path(part.path).name}#{part.start + missing}", problem=problem)
 
 
 def _part_samples(storage: Storage, piece: Piece, shard: ShardPlan) -> Iterator[Sample]:

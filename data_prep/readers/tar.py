@@ -32,7 +32,7 @@ class TarReader:
                         offset = members[0][1].offset
                     total += 1
                 # tarfile takes a header that is cut off for the end; the real end is a block of zeros.
-                file.seek(archive.offset)  # type: ignore[attr-defined]
+                file.seek(archive.offset)
                 if file.read(512) != bytes(512):
                     raise tarfile.ReadError("it has no end mark")
         except tarfile.TarError as error:
