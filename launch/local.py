@@ -90,11 +90,11 @@ def _cost_lines(config: RunConfig) -> list[str]:
     if config.parallel.pipeline == 1:
         return lines
     from model.layers import layer_specs
-    from pipeline.parallel.partition import partition, stage_costs
+    from pipeline.parallel.partition import cut_layers, stage_costs
 
     specs = layer_specs(config.model)
     costs = [spec.training_flops for spec in specs]
-    bounds = partition(costs, config.parallel.pipeline)
+    bounds = cut_layers(costs, config.parallel.pipeline)
     for stage, cost in enumerate(stage_costs(costs, bounds)):
         first, last = specs[bounds[stage]].name, specs[bounds[stage + 1] - 1].name
         lines.append(f"stage {stage:<6} {first} .. {last}: {cost / sum(costs):.1%} of the FLOPs")
