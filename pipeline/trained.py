@@ -11,7 +11,7 @@ from configs.errors import UserError
 from model.config import JetFormerConfig
 from model.jetformer import JetFormer
 from pipeline.checkpoint.export import load_safetensors, read_safetensors_config
-from pipeline.checkpoint.folder import FOLDER
+from pipeline.checkpoint.folder import FOLDER, CheckpointFolder
 from pipeline.checkpoint.reader import CheckpointReader, open_checkpoint
 from pipeline.checkpoint.weights import load_weights, run_config_of
 from pipeline.config import DataConfig, RunConfig
@@ -38,7 +38,7 @@ class TrainedModel:
 
 
 def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto") -> TrainedModel:
-    """Loads a run's newest good checkpoint, one checkpoint, or an exported `.safetensors` file.
+    """Loads a run's newest good checkpoint, one checkpoint, or an exported `.safetensors` file. Not collective: any one process may call it.
 
     Args:
         ema: take the moving average of the weights.
@@ -58,7 +58,7 @@ def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto") -
         model = JetFormer(model_config)
         load_safetensors(path, model)
         return TrainedModel(model=model.eval().to(target), config=_bare_config(model_config), origin=str(path), folder=path.parent)
-    with open_checkpoint(path) as reader:
+    with open_checkpoint(path, alone=True) as reader:
         config = run_config_of(reader)
         model = JetFormer(config.model)
         load_weights(reader, model, ema=ema, config=config.model)
@@ -67,12 +67,22 @@ def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto") -
 
 
 def read_trained_config(path: Path | str) -> tuple[RunConfig, Path]:
-    """Configuration and folder of what `open_trained` would open, without the weights."""
+    """Configuration and folder of what `open_trained` would open, without reading the weights.
+
+    Raises:
+        UserError: as `open_trained`.
+    """
     path = Path(path)
     if is_exported(path):
         return _bare_config(read_safetensors_config(path)), path.parent
-    with open_checkpoint(path) as reader:
-        return run_config_of(reader), run_folder(reader)
+    steps = CheckpointFolder(path).candidates()
+    try:
+        # Checksums of all weights take a minute at a billion parameters: `open_trained` checks them.
+        with CheckpointReader(CheckpointFolder(path).step_path(steps[0]) if steps else path) as reader:
+            return run_config_of(reader), run_folder(reader)
+    except (OSError, ValueError):
+        with open_checkpoint(path, alone=True) as reader:
+            return run_config_of(reader), run_folder(reader)
 
 
 def is_exported(path: Path) -> bool:

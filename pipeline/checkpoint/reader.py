@@ -199,22 +199,26 @@ def _verify_manifest(path: Path) -> tuple[Manifest | None, list[str]]:
     return manifest, problems
 
 
-def open_checkpoint(path: Path | str, *, group: Any = None, verify: bool = True) -> CheckpointReader:
+def open_checkpoint(path: Path | str, *, group: Any = None, alone: bool = False, verify: bool = True) -> CheckpointReader:
     """One named checkpoint (`.../step_XXXXXXXX`), or the newest good one of a run if `path` is a run's folder. Collective.
 
     Changes nothing on disk, so it may be used on a run that is being trained.
 
+    Args:
+        alone: only this process calls, also inside a job of many.
+
     Raises:
         UserError: no such checkpoint, or it is damaged (the message names the file and what is wrong).
     """
+    ranks = Ranks.alone() if alone else Ranks(group)
     path = Path(path)
     if not (path / MANIFEST).is_file() and not (path.is_dir() and path.name.startswith("step_")):
         runs = [run for run in (path, path.parent) if (run / FOLDER).is_dir() and (run == path or path.name == FOLDER)]
-        reader = open_latest(runs[0], group=group, repair=False) if runs else None
+        reader = _open_newest(runs[0], ranks, repair=False) if runs else None
         if reader is None:
             raise UserError("no checkpoint here", got=path, expected="a folder step_XXXXXXXX, or a run's folder with checkpoints/ in it")
         return reader
-    problems = _verify(path, Ranks(group)) if verify else []
+    problems = _verify(path, ranks) if verify else []
     if problems:
         raise UserError(f"the checkpoint {path} is damaged", got="; ".join(problems[:4]), fix="use another step, or restore the files")
     try:
@@ -235,7 +239,11 @@ def open_latest(run_dir: Path | str, *, group: Any = None, repair: bool = True) 
     Raises:
         UserError: the run had checkpoints but none is good: starting over silently would throw its work away.
     """
-    ranks, folder = Ranks(group), CheckpointFolder(run_dir)
+    return _open_newest(run_dir, Ranks(group), repair=repair)
+
+
+def _open_newest(run_dir: Path | str, ranks: Ranks, *, repair: bool) -> CheckpointReader | None:
+    folder = CheckpointFolder(run_dir)
     if ranks.is_first and repair:
         folder.sweep()
     candidates, corrupt = ranks.broadcast((folder.candidates(), [str(p) for p in folder.corrupt()]) if ranks.is_first else ([], []))

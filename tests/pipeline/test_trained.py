@@ -47,6 +47,28 @@ def test_tokenizer_of_another_model_is_refused(tiny_run, tiny_config):
         find_codec(other, tiny_run)
 
 
+def test_one_process_of_a_job_may_open_a_model_by_itself(tiny_run, monkeypatch):
+    """Sampling during training runs on one rank: asking the others would hang the job."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
+    for name in ("broadcast_object_list", "gather_object", "all_gather_object"):
+        monkeypatch.setattr(torch.distributed, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name} was called"))
+    assert open_trained(tiny_run).config == read_trained_config(tiny_run)[0]
+    assert open_trained(tiny_run / "checkpoints" / "step_00000003").config.total_steps == 10_000
+
+
+def test_configuration_is_read_without_the_weights_and_past_a_damaged_checkpoint(tiny_config, write_run, tmp_path):
+    run = write_run(tmp_path / "run", tiny_config)
+    write_run(run, dataclasses.replace(tiny_config, name="newer"), step=7)
+    for file in (run / "checkpoints" / "step_00000007").glob("*.safetensors"):
+        file.unlink()
+    assert read_trained_config(run) == (dataclasses.replace(tiny_config, name="newer"), run)
+    (run / "checkpoints" / "step_00000007" / "manifest.json").write_text("{")
+    assert read_trained_config(run) == (tiny_config, run)
+    assert "step 3" in open_trained(run).origin
+
+
 def test_nothing_there_is_a_users_mistake(tmp_path):
     for path in (tmp_path / "no_run", tmp_path / "no.safetensors"):
         with pytest.raises(UserError):
