@@ -52,9 +52,19 @@ def load_config(schema: type[Config], path: str | Path | None = None, overrides:
         ConfigError: unknown key, wrong type, missing file, malformed override, or a cross-field rule broken.
     """
     values = _read_yaml(resolve_path(path)) if path is not None else {}
+    apply_overrides(values, overrides)
+    return build_config(schema, values, source=str(path) if path is not None else "the defaults")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets each `key.sub=value` (the value parsed as YAML) in a plain dict, in place, and returns it.
+
+    Raises:
+        ConfigError: an override is malformed.
+    """
     for override in overrides:
         _apply_override(values, override)
-    return build_config(schema, values, source=str(path) if path is not None else "the defaults")
+    return values
 
 
 def build_config(schema: type[Config], values: dict[str, Any], source: str = "the configuration") -> Config:

@@ -18,7 +18,7 @@ from model.layers import LayerSpec, layer_specs
 from pipeline.config import RunConfig
 from pipeline.optim import build_optimizer
 from pipeline.parallel.layout import Layout, assert_same_grid, check_layout
-from pipeline.parallel.partition import partition, stage_costs
+from pipeline.parallel.partition import cut_layers, stage_costs
 from pipeline.parallel.stage import PipelineStage
 from pipeline.parallel.zero_fragments import ZeroState
 
@@ -43,8 +43,10 @@ class Engine:
         self.config, self.layout = config, layout
         self.micro_batch_size, self.num_micro_batches = check_layout(config, layout.world_size)
         self.specs = layer_specs(config.model, layout.tensor_parallel)
-        self.bounds = cut_stages(self.specs, layout.pipe)
-        self.stage = self._build_stage()
+        self.bounds = cut_layers([spec.training_flops for spec in self.specs], layout.pipe)
+        self.stage = build_stage(config, layout, self.specs, self.bounds)
+        self.stage.num_micro_batches = self.num_micro_batches
+        init.initialise(self.stage.named_parameters(), config.model, config.seed)
         self._deepspeed = _start_deepspeed(self.stage, self.specs, self.bounds, config, layout, self._deepspeed_config())
         self.zero = ZeroState(self.stage, self._deepspeed.optimizer, layout, config.optimizer.ema_decay)
         self._groups: list[dict[str, Any]] = self._deepspeed.optimizer.optimizer.param_groups
@@ -63,6 +65,7 @@ class Engine:
         for group in self._groups:
             group["lr"] = learning_rate
         self.stage.feed.load(batches)
+        self.stage.terms.clear()
         self._deepspeed.train_batch(data_iter=self._placeholders)
         optimizer = self._deepspeed.optimizer
         is_finite = not optimizer.overflow
@@ -83,20 +86,6 @@ class Engine:
         )
         batches = f"{self.num_micro_batches} micro-batches of {self.micro_batch_size}"
         return f"{self.layout.name}, {batches}, {self.config.parallel.precision}; stages: {cut}"
-
-    def _build_stage(self) -> PipelineStage:
-        config, layout = self.config, self.layout
-        start, stop = self.bounds[layout.stage], self.bounds[layout.stage + 1]
-        stage = PipelineStage(
-            self.specs[start:stop],
-            config=config.model,
-            previous=self.specs[start - 1] if start else None,
-            is_last=layout.is_last_stage,
-            recompute=config.parallel.recompute == "full",
-        )
-        stage.num_micro_batches = self.num_micro_batches
-        init.initialise(stage.named_parameters(), config.model, config.seed)
-        return stage
 
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self.config
@@ -128,11 +117,16 @@ class Engine:
         return settings
 
 
-def cut_stages(specs: Sequence[LayerSpec], num_stages: int) -> list[int]:
-    """Bounds of the stages, balanced by training FLOPs. The first two layers stay together: patchify has no parameters."""
-    costs = [spec.training_flops for spec in specs]
-    bounds = partition([costs[0] + costs[1], *costs[2:]], num_stages)
-    return [0, *(bound + 1 for bound in bounds[1:])]
+def build_stage(config: RunConfig, layout: Layout, specs: Sequence[LayerSpec], bounds: Sequence[int]) -> PipelineStage:
+    """This rank's stage, its parameters not yet filled."""
+    start, stop = bounds[layout.stage], bounds[layout.stage + 1]
+    return PipelineStage(
+        specs[start:stop],
+        config=config.model,
+        previous=specs[start - 1] if start else None,
+        is_last=layout.is_last_stage,
+        recompute=config.parallel.recompute == "full",
+    )
 
 
 def _start_deepspeed(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SLURM sends USR1 some time before the limit; SIGTERM comes from schedulers, launchers and users."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SLURM sends USR1 some time before the limit; SIGTERM comes from schedulers and launchers, SIGINT from Ctrl-C."""
 
 
 class StopRequest:
@@ -46,5 +46,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        # Nothing else: a second signal during a save must not disturb it.
+        # Nothing else: a signal during a save must not disturb it. Only a person who presses Ctrl-C twice is in a hurry.
+        if number == signal.SIGINT and self._received == signal.SIGINT:
+            raise KeyboardInterrupt
         self._received = signal.Signals(number)

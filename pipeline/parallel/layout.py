@@ -147,10 +147,13 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
     """Joins the process group (gloo on CPU, nccl on CUDA) and finds this rank's place in it.
 
     Raises:
-        UserError: the configuration does not fit the processes, see `check_layout` and `choose_device`.
+        UserError: the layout does not fit the processes or the GPUs.
     """
     environment = environment or ProcessEnvironment.detect()
-    check_layout(config, environment.world_size)
+    try:
+        data = config.data_parallel_degree(environment.world_size)
+    except ValueError as error:
+        raise UserError("the run does not fit the number of processes", got=str(error), fix="change parallel.* or start another number") from None
     device = choose_device(config, environment.local_rank, environment.world_size)
     environment.export()
     # DeepSpeed decides between CPU and CUDA once, when it is first imported.
@@ -174,7 +177,7 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
         world_size=environment.world_size,
         local_rank=environment.local_rank,
         tensor=tensor,
-        data=config.data_parallel_degree(environment.world_size),
+        data=data,
         pipe=pipe,
         device=device,
         tensor_group=_megatron_tensor_group(tensor, pipe) if tensor > 1 else None,

@@ -44,6 +44,15 @@ def partition(costs: Sequence[float], num_stages: int) -> list[int]:
     return [0, *reversed(bounds)] if num_stages > 1 else [0, num_layers]
 
 
+def cut_layers(costs: Sequence[float], num_stages: int) -> list[int]:
+    """`partition` of JetFormer's layer list: the first two layers stay together, because patchify has no parameters to train.
+
+    Raises:
+        ValueError: more stages than there are layers to cut.
+    """
+    return [0, *(bound + 1 for bound in partition([costs[0] + costs[1], *costs[2:]], num_stages)[1:])]
+
+
 def stage_costs(costs: Sequence[float], bounds: Sequence[int]) -> list[float]:
     """Total cost of each stage."""
     return [sum(costs[start:stop]) for start, stop in pairwise(bounds)]

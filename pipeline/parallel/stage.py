@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import Batch
 from model.config import JetFormerConfig
+from model.jetformer import JetFormer
 from model.layers import LayerSpec
 from model.state import State, attach_aux, pack, unpack
 from model.stats import METRICS
@@ -60,6 +61,8 @@ class PipelineStage(nn.Module):
         self.feed = MicroBatchFeed()
         self.num_micro_batches = 1
         self.stats = StatsSink()
+        self.terms: list[Tensor] = []
+        """This stage's share of the loss of each micro-batch of the step, to find the one that is not finite."""
         self._config = config
         self._layers: list[nn.Module] = []
         for spec in specs:
@@ -72,7 +75,11 @@ class PipelineStage(nn.Module):
         state = self.run(edge, self.feed.next())
         self.stats.add(state.stats)
         if self.is_last:
-            return state.total_loss()
+            loss = state.total_loss()
+            self.terms.append(loss.detach())
+            return loss
+        if state.aux is not None:
+            self.terms.append(state.aux.detach())
         outgoing = self.pack(state)
         if state.aux is not None and state.aux.requires_grad:
             # The engine divides the loss of the last stage by the number of micro-batches; this term never goes there.
@@ -151,3 +158,13 @@ def _add_under_name(root: nn.Module, name: str, layer: nn.Module) -> None:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
     root.add_module(leaf, layer)
+
+
+def as_jetformer(stage: PipelineStage, config: JetFormerConfig) -> JetFormer:
+    """The whole model around the layers of a stage that has all of them, sharing its weights: for sampling while training."""
+    assert stage.previous is None
+    assert stage.is_last
+    model = JetFormer(config)
+    for name, child in stage.named_children():
+        setattr(model, name, nn.ModuleList(child.children()) if name in ("couplings", "blocks") else child)
+    return model
