@@ -25,6 +25,7 @@ from pipeline.config import RunConfig
 
 CONFIG = "train/digits"
 NUM_IMAGES_PER_DIGIT = 20
+NUM_CAPTIONS_SHOWN = 10
 MARKER = ".jetway-demo"
 """File that says a folder was made by the demo, and may be made anew."""
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     _run(demo.sample())
     _title("6. Caption held-out digits")
     labels = _write_heldout(places.data, places.heldout)
-    _run(demo.caption())
+    _run(demo.caption(), num_lines=NUM_CAPTIONS_SHOWN)
 
     _title("7. Figures and report")
     summary = summarise(places, asked, labels, wall_seconds=time.perf_counter() - started)
@@ -205,9 +206,12 @@ def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _run(command: Sequence[str]) -> None:
-    """Runs one command in a process of its own, shown as it would be typed."""
-    process = _start(command)
+def _run(command: Sequence[str], *, num_lines: int | None = None) -> None:
+    """Runs one command in a process of its own, shown as it would be typed; of its output, the first `num_lines` if that is given."""
+    process = _start(command, stdout=None if num_lines is None else subprocess.PIPE)
+    if process.stdout is not None:
+        lines = [line.decode() for line in process.stdout]
+        print("".join(lines[:num_lines]) + (f"... and {len(lines) - num_lines} more\n" if num_lines and len(lines) > num_lines else ""), end="")
     _finish(process, command)
 
 
@@ -223,12 +227,12 @@ def _run_until_step(command: Sequence[str], step: int, metrics: Path) -> None:
     _finish(process, command)
 
 
-def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+def _start(command: Sequence[str], stdout: int | None = None) -> "subprocess.Popen[bytes]":
     print(f"$ {shlex.join(command)}", flush=True)
     program, *arguments = command
     # This very interpreter and installation, whatever PATH holds.
     executable = [sys.executable, "-m", "launch.cli"] if program == "jetway" else [sys.executable]
-    return subprocess.Popen([*executable, *arguments])
+    return subprocess.Popen([*executable, *arguments], stdout=stdout)
 
 
 def _finish(process: "subprocess.Popen[bytes]", command: Sequence[str]) -> None:

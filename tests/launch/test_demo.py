@@ -71,7 +71,7 @@ for step in range(10, 2000, 10):
     time.sleep(0.1)
 """
     start = demo.subprocess.Popen
-    monkeypatch.setattr(demo.subprocess, "Popen", lambda command: start([sys.executable, "-c", program]))
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, stdout: start([sys.executable, "-c", program], stdout=stdout))
     demo._run_until_step(["jetway", "train", "x"], 30, metrics)
     assert "stopped in order" in capfd.readouterr().out
     assert 30 <= json.loads(metrics.read_text().splitlines()[-1])["step"] < 1000
@@ -79,6 +79,14 @@ for step in range(10, 2000, 10):
 
 def test_failed_command_stops_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     start = demo.subprocess.Popen
-    monkeypatch.setattr(demo.subprocess, "Popen", lambda command: start([sys.executable, "-c", "raise SystemExit(3)"]))
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, stdout: start([sys.executable, "-c", "raise SystemExit(3)"]))
     with pytest.raises(UserError, match="exit code 3"):
         demo._run(["jetway", "eval", "x"])
+
+
+def test_long_output_is_cut_and_counted(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    start = demo.subprocess.Popen
+    program = "for number in range(30): print('line', number)"
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, stdout: start([sys.executable, "-c", program], stdout=stdout))
+    demo._run(["jetway", "caption", "x"], num_lines=3)
+    assert capsys.readouterr().out.splitlines()[1:] == ["line 0", "line 1", "line 2", "... and 27 more"]
