@@ -110,8 +110,8 @@ class SamplingConfig:
     """Prompts of the grids drawn during training; empty: captions of held-out samples."""
     cfg_scale: float = 4.0
     """Classifier-free guidance weight w."""
-    cfg_rule: Literal["analytic", "rejection"] = "analytic"
-    """`rejection` is the reference's sampler, for parity of published figures."""
+    cfg_rule: Literal["analytic", "clipped", "rejection"] = "analytic"
+    """`rejection` is the reference's sampler, for parity of published figures; `clipped` is `analytic` without its outliers at large scales."""
     temperature: float = 0.95
     """Multiplies the scales of the mixture."""
     seed: int = 0
@@ -188,7 +188,9 @@ class RunConfig:
             )
         degree = world_size // (tensor * pipeline)
         if self.parallel.data is not None and self.parallel.data != degree:
-            raise ValueError(f"parallel.data={self.parallel.data}, but {world_size} processes leave {degree}: set parallel.data to null or start more")
+            raise ValueError(
+                f"parallel.data={self.parallel.data}, but {world_size} processes leave {degree}: set parallel.data to null or start more"
+            )
         return degree
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
@@ -203,5 +205,7 @@ class RunConfig:
         share = batch // degree
         micro = self.data.micro_batch_size or share
         if share % micro:
-            raise ValueError(f"data.global_batch_size={batch} gives each of {degree} ranks {share} examples: not divisible by data.micro_batch_size={micro}")
+            raise ValueError(
+                f"data.global_batch_size={batch} gives each of {degree} ranks {share} examples: not divisible by data.micro_batch_size={micro}"
+            )
         return micro, share // micro

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
-from model.generate.images import ImageSampling, sample_images
+from model.generate.images import CfgRule, ImageSampling, sample_images
 from model.jetformer import JetFormer
 from pipeline.config import RunConfig, SamplingConfig
 from pipeline.data.text import TextCodec
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts-file", metavar="FILE", help="text file with one prompt per line")
     parser.add_argument("--num-per-prompt", type=int, default=1, metavar="N", help="images per prompt: a row of the grid (default 1)")
     parser.add_argument("--cfg-scale", type=float, metavar="W", help="guidance weight, 0 for none (default: the run's sampling.cfg_scale)")
-    parser.add_argument("--cfg-rule", choices=("analytic", "rejection"), help="default: the run's sampling.cfg_rule")
+    parser.add_argument("--cfg-rule", choices=get_args(CfgRule), help="default: the run's sampling.cfg_rule")
     parser.add_argument("--temperature", type=float, metavar="T", help="multiplies the mixture's scales (default: the run's sampling.temperature)")
     parser.add_argument("--seed", type=int, help="default: the run's sampling.seed")
     parser.add_argument("--output", default="samples.png", metavar="GRID.png", help="default: samples.png")

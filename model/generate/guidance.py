@@ -44,6 +44,18 @@ def analytic(conditional: Gaussian, unconditional: Gaussian, weight: float) -> G
     return Gaussian(torch.where(normalisable, loc, conditional.loc), torch.where(normalisable, safe.rsqrt(), conditional.scale))
 
 
+def clipped(conditional: Gaussian, unconditional: Gaussian, weight: float) -> Gaussian:
+    """The target with r = (sc/su)^2 cut at 1: never wider than N_c (the closed form of STARFlow, arXiv 2506.06276).
+
+    Where the conditional Gaussian is the narrower one this is `analytic`. Where it is slightly the wider one, `analytic` goes
+    through a pole at r = (1+w)/w: at w = 9 and r = 1.1 it moves the mean by 99 (mc - mu) and triples the scale.
+    """
+    ratio = (conditional.scale / unconditional.scale).square().clamp(max=1)
+    remainder = 1 + weight - weight * ratio
+    loc = conditional.loc + weight * ratio * (conditional.loc - unconditional.loc) / remainder
+    return Gaussian(loc, conditional.scale * remainder.rsqrt())
+
+
 def rejection_sample(conditional: Gaussian, unconditional: Gaussian, weight: float, draws: TokenDraws) -> Tensor:
     """One sample by the reference's rule: fp32 [n, d].
 

@@ -5,18 +5,20 @@ Letters: B images, T text slots, I image tokens, C subpixels per token, d soft c
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from model.generate.cached import CachedDecoder
 from model.generate.draws import Purpose, TokenDraws, categorical
-from model.generate.guidance import Gaussian, analytic, rejection_sample
+from model.generate.guidance import Gaussian, analytic, clipped, rejection_sample
 from model.generate.prefix import row_positions, text_prefix
 from model.heads.gmm import GmmHead
 from model.jetformer import JetFormer
 from model.patchify import to_uint8, unpatchify
+
+CfgRule = Literal["analytic", "clipped", "rejection"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,7 @@ class ImageSampling:
 
     cfg_scale: float = 0.0
     """Guidance weight w; 0 draws from the conditional model and costs half."""
-    cfg_rule: Literal["analytic", "rejection"] = "analytic"
+    cfg_rule: CfgRule = "analytic"
     """See model/generate/guidance.py."""
     temperature: float = 1.0
     """Multiplies the scales of the mixture, after their floor. The factored-out dims are not tempered."""
@@ -38,8 +40,8 @@ class ImageSampling:
             raise ValueError(f"cfg_scale={self.cfg_scale} must not be negative: 0 is no guidance")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative")
-        if self.cfg_rule not in ("analytic", "rejection"):
-            raise ValueError(f"cfg_rule={self.cfg_rule!r} must be 'analytic' or 'rejection'")
+        if self.cfg_rule not in get_args(CfgRule):
+            raise ValueError(f"cfg_rule={self.cfg_rule!r} must be one of {', '.join(get_args(CfgRule))}")
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: To
     unconditional = _tempered(head, hidden[1::2], component, settings.temperature)
     if settings.cfg_rule == "rejection":
         return rejection_sample(conditional, unconditional, settings.cfg_scale, draws)
-    guided = analytic(conditional, unconditional, settings.cfg_scale)
+    guided = (clipped if settings.cfg_rule == "clipped" else analytic)(conditional, unconditional, settings.cfg_scale)
     return guided.at(draws.normal(Purpose.NOISE, guided.loc.shape[1:]))
 
 

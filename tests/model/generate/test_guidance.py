@@ -1,11 +1,13 @@
 """Both guidance rules against the densities that define them (spec 1.10)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from model.generate.draws import Purpose, TokenDraws
-from model.generate.guidance import NUM_PROPOSALS, Gaussian, _log_target, _log_target_peak, analytic, rejection_sample
+from model.generate.guidance import NUM_PROPOSALS, Gaussian, _log_target, _log_target_peak, analytic, clipped, rejection_sample
 
 NUM = 20_000
 
@@ -40,6 +42,21 @@ def test_analytic_rule_is_the_normalised_target(loc_c, scale_c, loc_u, scale_u, 
 def test_analytic_rule_is_conditional_where_the_target_cannot_be_normalised():
     guided = analytic(gaussians(0.4, 2.0, 1), gaussians(0.0, 1.0, 1), 3.0)
     assert (guided.loc.item(), guided.scale.item()) == (pytest.approx(0.4), 2.0)
+
+
+@pytest.mark.parametrize("scale_c", [0.3, 0.8, 1.0])
+def test_clipped_rule_is_the_analytic_one_where_the_conditional_is_narrower(scale_c):
+    pair = gaussians(0.4, scale_c, 1), gaussians(-0.2, 1.0, 1)
+    for got, expected in zip(dataclasses.astuple(clipped(*pair, 4.0)), dataclasses.astuple(analytic(*pair, 4.0)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_clipped_rule_stays_put_beside_the_pole_of_the_analytic_one():
+    pair = gaussians(0.4, 1.1**0.5, 1), gaussians(0.3, 1.0, 1)
+    assert analytic(*pair, 9.0).loc.item() == pytest.approx(0.4 + 99 * 0.1, rel=1e-3)
+    guided = clipped(*pair, 9.0)
+    assert guided.loc.item() == pytest.approx(0.4 + 9 * 0.1, rel=1e-4)
+    assert guided.scale.item() == pytest.approx(1.1**0.5)
 
 
 def test_analytic_rule_without_weight_changes_nothing():

@@ -56,7 +56,10 @@ def test_cached_sampling_equals_the_full_forward_pass(kind, settings, build_rand
     torch.testing.assert_close(soft, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [PLAIN, GUIDED, dataclasses.replace(GUIDED, cfg_rule="rejection")], ids=["plain", "guided", "rejection"])
+RULES = [PLAIN, *(dataclasses.replace(GUIDED, cfg_rule=rule) for rule in ("analytic", "clipped", "rejection"))]
+
+
+@pytest.mark.parametrize("settings", RULES, ids=["plain", "analytic", "clipped", "rejection"])
 def test_sample_depends_on_its_position_and_caption_only(settings, padded_config, build_random):
     """Captions of different lengths, alone or together, in any order."""
     model = build_random(padded_config)
