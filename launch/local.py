@@ -14,17 +14,20 @@ from configs.errors import UserError
 from configs.loader import load_config, to_yaml
 from launch.processes import run_workers
 from pipeline.config import RunConfig
+from pipeline.parallel.environment import ProcessEnvironment
 
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway train`; returns the exit code of the run."""
     arguments = _parser().parse_args(argv)
     config = load_config(RunConfig, arguments.config, arguments.overrides)
-    inside = _started_by_another_launcher()
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) if inside else config.parallel.processes
+    environment = ProcessEnvironment.detect()
+    # A process of torchrun, of a multi-task srun step or of `run_workers` has nothing left to start, even in a world of one.
+    inside = "RANK" in os.environ or environment.launcher != "single"
+    world_size = environment.world_size if inside else config.parallel.processes
     _check_layout(config, world_size)
     if arguments.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if environment.rank == 0:
             print(describe(config, world_size))
         return 0
     if inside or world_size == 1:
@@ -60,13 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file, e.g. parallel.processes=4")
     parser.add_argument("--dry-run", action="store_true", help="print configuration, layout, parameters and FLOPs; start and write nothing")
     return parser
-
-
-def _started_by_another_launcher() -> bool:
-    """True in a process of torchrun, of a multi-task srun step, or of `run_workers`: there is nothing left to start."""
-    from pipeline.parallel.environment import ProcessEnvironment
-
-    return "RANK" in os.environ or ProcessEnvironment.detect().launcher != "single"
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

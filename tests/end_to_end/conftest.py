@@ -11,8 +11,8 @@ Jetway = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TINY = (
     *("model.flow.depth=2", "model.flow.width=16", "model.decoder.depth=2", "model.decoder.width=32", "model.decoder.mlp_dim=64"),
-    *("model.decoder.head_dim=8", "model.gmm.num_mixtures=4", "data.global_batch_size=16", "total_steps=40", "log.every_steps=1"),
-    *("checkpoint.every_steps=10", "checkpoint.keep_last=3", "eval.every_steps=0", "eval.sample_every_steps=0", "eval.num_examples=16"),
+    *("model.decoder.head_dim=8", "model.gmm.num_mixtures=4", "data.global_batch_size=16", "total_steps=24", "log.every_steps=1"),
+    *("checkpoint.every_steps=8", "checkpoint.keep_last=3", "eval.every_steps=0", "eval.sample_every_steps=0", "eval.num_examples=16"),
     *("eval.num_samples=4", "log.peak_tflops=0.1"),
 )
 """Overrides of train/digits for a run of seconds."""

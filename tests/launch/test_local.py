@@ -10,7 +10,7 @@ from launch import local
 
 @pytest.fixture(autouse=True)
 def _outside_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEPID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -75,7 +75,7 @@ def test_impossible_layout_is_refused_before_anything_starts(started, override: 
     "environment",
     [
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-        {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "127.0.0.1"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "127.0.0.1"},
     ],
 )
 def test_inside_another_launcher_nothing_is_started(monkeypatch: pytest.MonkeyPatch, started, environment: dict[str, str]) -> None:
