@@ -52,9 +52,7 @@ def test_prep_needs_an_input_and_an_output_outside_it(make_folder: Callable[...,
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_embedded_set_becomes_an_ordinary_folder_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embedded_set_becomes_an_ordinary_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["data/shapes", "--embedded", "shapes", "--count", "40", "image.resolution=32"]
     assert run.main([*arguments, "--dry-run"]) == 0
