@@ -1,4 +1,4 @@
-"""`jetway import`: official big_vision weights into a run's folder, from where they sample, caption and train on; or into one file."""
+"""`jetway import`: official big_vision weights into a run's folder, from where they sample, caption and export; or into one file."""
 
 import argparse
 import dataclasses
