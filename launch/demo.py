@@ -5,6 +5,7 @@ Each figure at the end is computed from what those commands wrote, on held-out d
 """
 
 import argparse
+import contextlib
 import base64
 import json
 import shlex
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"$ {shlex.join(command)}")
         return 0
     started = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a training run in progress is ended too
     _claim(places.root)
 
     _title("1. A folder of scanned digits with captions becomes a data set")
@@ -208,38 +210,41 @@ def _title(text: str) -> None:
 
 def _run(command: Sequence[str], *, num_lines: int | None = None) -> None:
     """Runs one command in a process of its own, shown as it would be typed; of its output, the first `num_lines` if that is given."""
-    process = _start(command, stdout=None if num_lines is None else subprocess.PIPE)
-    if process.stdout is not None:
-        lines = [line.decode() for line in process.stdout]
-        print("".join(lines[:num_lines]) + (f"... and {len(lines) - num_lines} more\n" if num_lines and len(lines) > num_lines else ""), end="")
-    _finish(process, command)
+    with _running(command, stdout=None if num_lines is None else subprocess.PIPE) as process:
+        if process.stdout is not None:
+            lines = [line.decode() for line in process.stdout]
+            print("".join(lines[:num_lines]) + (f"... and {len(lines) - num_lines} more\n" if num_lines and len(lines) > num_lines else ""), end="")
 
 
 def _run_until_step(command: Sequence[str], step: int, metrics: Path) -> None:
     """Runs `jetway train` and sends it SIGTERM once the log shows `step`."""
-    process = _start(command)
-    while process.poll() is None:
-        records = _records(metrics)
-        if records and records[-1]["step"] >= step:
-            process.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.5)
-    _finish(process, command)
+    with _running(command) as process:
+        while process.poll() is None:
+            records = _records(metrics)
+            if records and records[-1]["step"] >= step:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.5)
 
 
-def _start(command: Sequence[str], stdout: int | None = None) -> "subprocess.Popen[bytes]":
+@contextlib.contextmanager
+def _running(command: Sequence[str], stdout: int | None = None) -> "Iterator[subprocess.Popen[bytes]]":
+    """A command's process. It is waited for, and ended in good order if the demo itself is.
+
+    Raises:
+        UserError: it failed.
+    """
     print(f"$ {shlex.join(command)}", flush=True)
     program, *arguments = command
     # This very interpreter and installation, whatever PATH holds.
     executable = [sys.executable, "-m", "launch.cli"] if program == "jetway" else [sys.executable]
-    return subprocess.Popen([*executable, *arguments], stdout=stdout)
-
-
-def _finish(process: "subprocess.Popen[bytes]", command: Sequence[str]) -> None:
+    process = subprocess.Popen([*executable, *arguments], stdout=stdout)
     try:
+        yield process
         code = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it got the same Ctrl-C, and is ending in good order
+    except BaseException:
+        process.terminate()
+        process.wait()
         raise
     if code != 0:
         raise UserError(f"the demo stopped: `{' '.join(command[:2])}` ended with exit code {code}", fix="its own message is above")

@@ -90,3 +90,15 @@ def test_long_output_is_cut_and_counted(monkeypatch: pytest.MonkeyPatch, capsys)
     monkeypatch.setattr(demo.subprocess, "Popen", lambda command, stdout: start([sys.executable, "-c", program], stdout=stdout))
     demo._run(["jetway", "caption", "x"], num_lines=3)
     assert capsys.readouterr().out.splitlines()[1:] == ["line 0", "line 1", "line 2", "... and 27 more"]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+def test_a_demo_that_is_ended_ends_the_command_it_runs(ending: type[BaseException]) -> None:
+    with pytest.raises(ending), demo._running(["python", "-c", "import time; time.sleep(600)"]) as process:
+        raise ending
+    assert process.poll() is not None
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_name() -> None:
+    with pytest.raises(UserError, match="python -c"):
+        demo._run(["python", "-c", "raise SystemExit(3)"])
