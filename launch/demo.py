@@ -5,8 +5,8 @@ Each figure at the end is computed from what those commands wrote, on held-out d
 """
 
 import argparse
-import contextlib
 import base64
+import contextlib
 import json
 import shlex
 import shutil
