@@ -141,6 +141,9 @@ def _start_deepspeed(
 
         from pipeline.parallel.deepspeed_module import OneModulePerStage, Prebuilt
 
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce at the first start, which training never calls: half a minute, a
+        # compiler, and a lock file that makes every later start wait for ever if one is killed while it builds.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Wraps the process group that exists; it starts none of its own.
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
         topology = PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data)
@@ -155,8 +158,39 @@ def _start_deepspeed(
         optimizer = build_optimizer(stage, config.optimizer, layout.device)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.timers = NoopTimer()  # the default one keeps an event per step for ever
+        _spare_copies(engine, layout)
         assert_same_grid(layout, engine.grid)
     return engine
+
+
+def _spare_copies(engine: Any, layout: Layout) -> None:
+    """Takes work out of DeepSpeed's step that a run of this layout does not need (tests/benchmarks/bench_engine.py).
+
+    It flattens all gradients into fresh memory, whose first touch costs more than the copy; and it does so once more for a
+    reduction over the data-parallel ranks even where there is one.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "flatten"):
+        optimizer.flatten = FlatBuffers()
+    if layout.data == 1:
+        if hasattr(optimizer, "buffered_reduce_fallback"):
+            optimizer.buffered_reduce_fallback = lambda *arguments, **options: None
+        else:  # with bf16 parameters the engine reduces the fp32 accumulators itself
+            engine.pipeline_enable_backward_allreduce = False
+
+
+class FlatBuffers:
+    """Flattens lists of tensors into one buffer per size, used again at the next call of that size."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """All elements in order, 1-D; valid until the next call with as many."""
+        key = sum(tensor.numel() for tensor in tensors), tensors[0].dtype
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(key[0], dtype=key[1], device=tensors[0].device)
+        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=self._buffers[key])
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ class Trainer:
         return self.scorer.score(dataclasses.replace(batch, noise=quiet, drop_prefix=torch.zeros_like(batch.drop_prefix), log_stats=True))
 
     def _divergence(self, batches: Sequence[Batch], step: int) -> DivergenceError:
-        """The error that names step and samples; the same on all ranks."""
+        """The error that names samples and step, counted from 1 as on the console; the same on all ranks."""
         terms = self.engine.stage.terms
         suspects = [batch.positions.tolist() for batch, term in zip(batches, terms, strict=False) if not bool(torch.isfinite(term))]
         gathered = Ranks(self.layout.control_group).all_gather([position for positions in suspects for position in positions])
@@ -169,7 +169,7 @@ class Trainer:
         shown = ", ".join(names[:MAX_NAMED_SAMPLES]) + (f" and {len(names) - MAX_NAMED_SAMPLES} more" if len(names) > MAX_NAMED_SAMPLES else "")
         saved = "none saved yet" if self._saved_step is None else f"the newest is of step {self._saved_step}"
         return DivergenceError(
-            f"training stopped: not finite at step {step}\n"
+            f"training stopped: not finite at step {step + 1}\n"
             f"  got: {where}{f' ({shown})' if names else ''}\n"
             f"  expected: finite loss and gradients; checkpoints are intact ({saved})\n"
             "  to fix: look at these samples, lower optimizer.learning_rate, or lengthen the warm-up; the same command resumes"
