@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.loader import to_dict
 from model.batch import Batch
 from model.stats import summarise
+from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.ranks import Ranks
 from pipeline.checkpoint.reader import CheckpointReader, open_latest
 from pipeline.checkpoint.weights import check_architecture
@@ -201,7 +202,7 @@ class Trainer:
             if self.layout.is_alone:
                 self.showcase.show(as_jetformer(self.engine.stage, self.config.model), self.step, self.tracker)
             elif self._saved_step == self.step:
-                path = self.run_dir / "checkpoints" / f"step_{self.step:08d}"
+                path = CheckpointFolder(self.run_dir).step_path(self.step)
                 self.showcase.show_checkpoint(path, self.layout.device, self.step, self.tracker)
         Ranks(self.layout.control_group).broadcast(None)  # the others wait here, not in a collective of the next step
 
