@@ -19,7 +19,7 @@ from pipeline.parallel.environment import ProcessEnvironment
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway train`; returns the exit code of the run."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     environment = ProcessEnvironment.detect()
     # A process of torchrun, of a multi-task srun step or of `run_workers` has nothing left to start, even in a world of one.

@@ -87,7 +87,7 @@ def in_order(batch: Batch, *, text_first: bool) -> Batch:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway eval`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     environment = ProcessEnvironment.detect()
     config = _run_config(arguments.source, arguments.overrides)
     if arguments.dry_run:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: the configuration, layout, data or checkpoint does not fit; on rank 0 alone where all ranks found it together.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     environment = ProcessEnvironment.detect()
     check_layout(config, environment.world_size)

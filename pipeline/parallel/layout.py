@@ -197,9 +197,12 @@ def teardown_layout(layout: Layout) -> None:
 
 def _megatron_tensor_group(tensor: int, pipe: int) -> Any:
     """Initialises Megatron's parallel state, so that its layers and helpers agree with ours, and takes the group from it."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the optional Transformer Engine and Apex are not installed
         from megatron.core import parallel_state
+    logging.disable(previous)
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipe)
