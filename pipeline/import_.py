@@ -1,4 +1,5 @@
-"""`jetway import`: official big_vision weights into a run's folder, from where they sample, caption and export; or into one file."""
+"""`jetway import`: official big_vision weights into a run's folder, from where they sample, caption,
+export and train on (with fresh optimiser moments); or into one file."""
 
 import argparse
 import dataclasses

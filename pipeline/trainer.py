@@ -21,7 +21,7 @@ from model.stats import summarise
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.ranks import Ranks
 from pipeline.checkpoint.reader import CheckpointReader, open_latest
-from pipeline.checkpoint.weights import check_architecture
+from pipeline.checkpoint.weights import can_resume, check_architecture
 from pipeline.checkpoint.writer import KeepPolicy, SaveFailed, save
 from pipeline.config import RunConfig
 from pipeline.data.dataset import open_dataset
@@ -63,9 +63,10 @@ class Trainer:
         self.config, self.layout = config, layout
         self.run_dir = Path(config.output_dir)
         reader = self._open_checkpoint()
-        state: dict[str, Any] = {} if reader is None else reader.state
-        self.step = 0 if reader is None else reader.step
-        generation = config.data.generation if reader is None else state["data"]["generation"]
+        resumes = reader is not None and can_resume(reader)
+        state: dict[str, Any] = reader.state if reader is not None and resumes else {}
+        self.step = reader.step if reader is not None and resumes else 0
+        generation = state["data"]["generation"] if resumes else config.data.generation
         self.dataset = together(layout, lambda: open_dataset(config.data.path, generation))
         rank, degree, first = layout.data_rank, layout.data, layout.is_first_stage
         self.loader = together(layout, lambda: TrainLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first))
@@ -74,10 +75,10 @@ class Trainer:
         self.scorer = Scorer(self.engine.stage, layout)
         if reader is not None:
             self._load(reader, state)
-        self.tracker = together(layout, lambda: self._open_tracker(resumed=reader is not None, state=state))
+        self.tracker = together(layout, lambda: self._open_tracker(resumed=resumes, state=state))
         self.showcase = Showcase(config, self.dataset, self.loader.codec) if layout.is_main and config.eval.num_samples else None
         self.meter = MetricsMeter(config, world_size=layout.world_size, device=layout.device) if layout.is_main else None
-        self._saved_step = self.step if reader is not None else None
+        self._saved_step = self.step if resumes else None
 
     def run(self, stop: StopRequest) -> bool:
         """Trains to `total_steps`, or until `stop` is requested.
@@ -241,14 +242,32 @@ class Trainer:
         return together(self.layout, lambda: open_latest(self.run_dir, group=self.layout.control_group))
 
     def _load(self, reader: CheckpointReader, state: dict[str, Any]) -> None:
+        """Takes up a run where it was saved; with no `state`, starts one from the weights of a checkpoint that holds nothing else."""
         stage, config = self.engine.stage, self.config
         together(self.layout, lambda: check_architecture(reader, stage, config=config.model, partial=self.layout.pipe > 1))
-        together(self.layout, lambda: self.loader.load_state(state["data"], self.step))
-        if state["config"].get("seed") != config.seed:
-            logger.warning("seed was %s and is %s now: sample order and noise change from here on", state["config"].get("seed"), config.seed)
+        if state:
+            together(self.layout, lambda: self.loader.load_state(state["data"], self.step))
+            if state["config"].get("seed") != config.seed:
+                logger.warning("seed was %s and is %s now: sample order and noise change from here on", state["config"].get("seed"), config.seed)
+        else:
+            together(self.layout, self._check_tokenizer)
         with reader:
-            together(self.layout, lambda: self.engine.zero.load(reader, adam_step=state["adam_step"]))
-        logger.info("resuming %s at step %d (saved on %s, now on %s)", self.run_dir, self.step, state.get("layout"), self.layout.name)
+            together(self.layout, lambda: self.engine.zero.load(reader, adam_step=state.get("adam_step")))
+        if state:
+            logger.info("resuming %s at step %d (saved on %s, now on %s)", self.run_dir, self.step, state.get("layout"), self.layout.name)
+        else:
+            logger.info("starting %s at step 0 from the weights in %s, which hold no optimiser state: fresh moments", self.run_dir, reader.path)
+
+    def _check_tokenizer(self) -> None:
+        """Weights that came with a tokenizer are of no use with another one of the same size."""
+        path = self.run_dir / TOKENIZER_FILE
+        if self.config.data.text == "caption" and path.exists() and path.read_bytes() != self.dataset.read_tokenizer():
+            raise UserError(
+                "the data set's tokenizer is not the one that the weights came with",
+                got=f"{self.config.data.path}: {self.dataset.manifest.tokenizer.file}",
+                expected=f"the same pieces as {path}",
+                fix=f"prepare the data set with tokenizer.model_file={path}, or remove that file: the model then learns the data set's pieces anew",
+            )
 
     def _open_tracker(self, *, resumed: bool, state: dict[str, Any]) -> Tracker | None:
         """Rank 0's log files, and a copy of the tokenizer, without which nobody can use the model."""

@@ -14,8 +14,8 @@ from model.parallel import global_shape, shard_of
 from pipeline.checkpoint.reader import CheckpointReader, open_checkpoint
 from pipeline.config import RunConfig
 
-PARAMETER, BUFFER, EMA = "param/", "buffer/", "ema/"
-"""Prefixes of stored names: fp32 master weights, persistent buffers, and the moving average of the weights."""
+PARAMETER, BUFFER, EMA, MOMENT = "param/", "buffer/", "ema/", "exp_avg/"
+"""Prefixes of stored names: fp32 master weights, persistent buffers, the moving average of the weights, and Adam's first moments."""
 
 
 def run_config_of(reader: CheckpointReader) -> RunConfig:
@@ -39,6 +39,11 @@ def load_run_config(path: Path | str) -> RunConfig:
 def load_model_config(path: Path | str) -> JetFormerConfig:
     """What the model in a checkpoint is made of."""
     return load_run_config(path).model
+
+
+def can_resume(reader: CheckpointReader) -> bool:
+    """Whether a checkpoint holds a run's whole state; False for one of weights only, as `jetway import` makes it."""
+    return bool(reader.names(MOMENT))
 
 
 def load_weights(

@@ -5,7 +5,7 @@ master) with its two moments. `param._hp_mapping` says which part of a parameter
 The checkpoint stores such parts with their place in the global tensor, so any layout reads any other's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.parallel import global_shape, shard_of
 from pipeline.checkpoint.format import Fragment
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.weights import load_buffers, persistent_buffers
+from pipeline.checkpoint.weights import EMA, load_buffers, persistent_buffers
 from pipeline.optim import WeightAverage
 from pipeline.parallel.layout import Layout
 
@@ -88,33 +88,35 @@ class ZeroState:
         return fragments
 
     @torch.no_grad()
-    def load(self, reader: CheckpointReader, *, adam_step: int) -> None:
+    def load(self, reader: CheckpointReader, *, adam_step: int | None) -> None:
         """Fills masters, moments, average and buffers from a checkpoint of any layout, and refreshes the model's parameters.
 
         Where the checkpoint holds no weight average but this run keeps one, it starts from the loaded weights.
 
         Args:
-            adam_step: updates that Adam had made.
+            adam_step: updates that Adam had made; None leaves Adam as it is, for a checkpoint of weights only.
 
         Raises:
             UserError: the checkpoint lacks a tensor.
         """
-        has_average = bool(reader.names("ema/"))
+        has_average = bool(reader.names(EMA))
+        absent = {*(() if has_average else ("ema",)), *(MOMENTS if adam_step is None else ())}
         for owned in self._owned:
-            self._load_owned(owned, reader, has_average)
-        for state in self._states:
-            state["step"].fill_(adam_step)
+            self._load_owned(owned, reader, absent)
+        if adam_step is not None:
+            for state in self._states:
+                state["step"].fill_(adam_step)
         load_buffers(self._module, reader)
         if self.average is not None and not has_average:
             self.average.restart()
         # Copies each rank's masters into its share of the (bf16 or fp32) parameters and gathers the other shares.
         self._optimizer.update_lp_params()
 
-    def _load_owned(self, owned: _Owned, reader: CheckpointReader, has_average: bool) -> None:
+    def _load_owned(self, owned: _Owned, reader: CheckpointReader, absent: Set[str]) -> None:
         shard = shard_of(owned.parameter)
         place = {} if shard is None else {"shard_dim": shard.dim, "shard_start": shard.start, "shard_size": shard.size}
         for kind, flat in self._kinds(owned.group):
-            if kind == "ema" and not has_average:
+            if kind in absent:
                 continue
             target = owned.of(flat)
             target.copy_(reader.read(f"{kind}/{owned.name}", flat_start=owned.flat_start, flat_len=owned.numel, **place))

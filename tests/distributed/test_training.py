@@ -11,9 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from configs.loader import load_config
+from model.convert.big_vision import to_official
+from model.jetformer import build_jetformer
 from pipeline.checkpoint.folder import CheckpointFolder
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.config import RunConfig
+from pipeline.import_ import main as import_
+from pipeline.official_files import write_official
 from tests.pipeline.data.conftest import Written, intact, num_pieces, tokenizer_model, write_dataset  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -145,3 +153,46 @@ def test_evaluation_is_the_same_on_every_layout(run_file: Path, tmp_path: Path) 
         assert [other[name] for name in names] == pytest.approx([again[name] for name in names], rel=1e-5)
         assert other["num_examples"] == 6
     assert again["image_bits"] == pytest.approx(8.5, abs=1.0), "an untrained model is near 8.5 bits"
+
+
+@pytest.fixture(scope="module")
+def official(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in the official layout, of the configuration of `run_file` but not as a run would start."""
+    config = load_config(RunConfig, str(run_file), [])
+    model = build_jetformer(config.model, seed=77)
+    path = tmp_path_factory.mktemp("official") / "weights.npz"
+    write_official(path, to_official(model.state_dict(), config.model), config.model)
+    return path
+
+
+def test_imported_weights_start_a_run_at_step_0(run_file: Path, official: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert import_([str(official), "--config", str(run_file), "--output", str(run)]) == 0
+    # The first update has learning rate 0 (warm-up): it fills the moments, and leaves the weights as they were imported.
+    program = ["-m", "pipeline.train", str(run_file), f"output_dir={run}", "total_steps=1", "parallel.pipeline=2", "optimizer.ema_decay=0.5"]
+    codes, errors = finish(start(program, 2))
+    assert codes == [0, 0], errors
+    assert errors[0].count("starting") == 1
+    assert "at step 0 from the weights in" in errors[0]
+    assert [record["step"] for record in records(run)] == [1]
+    folder = CheckpointFolder(run)
+    assert folder.steps() == [0, 1]
+    with open_checkpoint(folder.step_path(0)) as imported, open_checkpoint(folder.step_path(1)) as trained:
+        assert trained.state["adam_step"] == 1
+        assert trained.state["data"]["samples_seen"] == {"train": 4}
+        for name in [*imported.names("param/"), *imported.names("buffer/")]:
+            assert torch.equal(trained.read(name), imported.read(name)), name
+        weights = imported.names("param/")
+        assert all(torch.equal(trained.read(name.replace("param/", "ema/", 1)), imported.read(name)) for name in weights)
+        assert any(trained.read(name.replace("param/", "exp_avg/", 1)).any() for name in weights)
+
+
+def test_imported_weights_with_another_tokenizer_are_refused(run_file: Path, official: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.model"
+    other.write_bytes(b"another one")
+    assert import_([str(official), "--config", str(run_file), "--output", str(run), "--tokenizer", str(other)]) == 0
+    codes, errors = finish(start(["-m", "pipeline.train", str(run_file), f"output_dir={run}"], 1))
+    assert codes == [2], errors
+    assert "tokenizer is not the one that the weights came with" in errors[0]
+    assert "Traceback" not in errors[0]
+    assert (run / "tokenizer.model").read_bytes() == other.read_bytes()
