@@ -1,5 +1,6 @@
 """A save is published whole or not at all, whatever happens meanwhile; a full disk is survivable."""
 
+import contextlib
 import errno
 import json
 import os
@@ -68,18 +69,20 @@ def test_a_full_disk_of_one_rank_is_survived_by_all(tmp_path: Path) -> None:
     assert run_scenario("one_rank_has_no_disk", tmp_path) == {"codes": [0, 0], "step": 3}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow past 4 kB, as on a full disk (EFBIG)."""
+    """No file may grow past 4 kB, as on a full disk (EFBIG). Around the call alone: pytest's own report may be a longer file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_trace(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_trace(tmp_path: Path) -> None:
     save(tmp_path, 1, [Fragment.whole("param/x", torch.ones(4))], {})
-    with pytest.raises(SaveFailed, match=r"(?s)the disk is full.*File too large.*free space"):
+    with pytest.raises(SaveFailed, match=r"(?s)the disk is full.*File too large.*free space"), small_files():
         save(tmp_path, 2, [Fragment.whole("param/x", torch.ones(4000))], {}, keep=KeepPolicy(keep_last=1))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     assert open_checkpoint(tmp_path).step == 1
