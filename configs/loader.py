@@ -25,11 +25,14 @@ CONFIG_DIR = Path(__file__).parent
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` as a float and keeps `on`, `off`, `yes`, `no` as strings (YAML 1.2)."""
+    """SafeLoader that reads `3e-4` as a float and keeps `on`, `off`, `yes`, `no` and dates as strings (YAML 1.2)."""
+
+
+_YAML_1_1 = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _YAML_1_1]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -86,7 +89,7 @@ def resolve_path(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     shipped = sorted(str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml"))
-    close = difflib.get_close_matches(str(given.with_suffix("")), shipped, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(given).removesuffix(".yaml"), shipped, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ConfigError("no such configuration file", got=str(path), fix=f"{hint}shipped: {', '.join(shipped)}")
 
@@ -111,8 +114,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError("`base:` files form a circle", got=" -> ".join(str(p) for p in (*seen, path)))
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader subclass
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML", got=str(error)) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not a YAML file", got=error, expected="a text file of `key: value` lines") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values", got=type(values).__name__, expected="a mapping")
     base = values.pop("base", None)

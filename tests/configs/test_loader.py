@@ -68,7 +68,7 @@ def test_numbers_in_every_notation_are_floats(write, text: str, value: float) ->
     assert load_config(Root, None, [f"leaf.rate={text}"]).leaf.rate == value
 
 
-@pytest.mark.parametrize("word", ["on", "off", "yes", "no"])
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "2026-01-31"])
 def test_yaml_words_stay_strings(word: str) -> None:
     assert load_config(Root, None, [f"name={word}"]).name == word
     with pytest.raises(ConfigError, match="flag"):
@@ -120,6 +120,15 @@ def test_malformed_overrides_are_refused(write, override: str) -> None:
 def test_broken_files_are_refused(write, text: str) -> None:
     with pytest.raises(ConfigError):
         load_config(Root, write(text))
+
+
+def test_file_that_is_no_text_and_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ConfigError, match="is not a YAML file"):
+        load_config(Root, tmp_path / "picture.yaml")
+    for folder in (tmp_path, Path(".")):
+        with pytest.raises(ConfigError, match="no such configuration file"):
+            load_config(Root, folder)
 
 
 def test_optional_group_and_null() -> None:
