@@ -18,6 +18,7 @@ from configs.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ VERBS = (
     Verb("verify", "data_prep.verify", "Data", "check every checksum of a data set"),
     Verb("stats", "data_prep.stats", "Data", "histograms of sizes and caption lengths, and why samples were dropped"),
     Verb("peek", "data_prep.peek", "Data", "look at some samples: a contact sheet as PNG"),
-    Verb("tokenizer", "data_prep.tokenizer", "Data", "train the SentencePiece tokenizer on a data set's captions"),
+    Verb("tokenizer", "data_prep.tokenizer", "Data", "train a SentencePiece tokenizer on a text file, or look into a data set's"),
     Verb("train", "launch.local", "Model", "train, or continue training, the run that a configuration describes"),
     Verb("eval", "pipeline.evaluate", "Model", "bits per subpixel and text perplexity on held-out samples"),
     Verb("sample", "pipeline.sample", "Model", "draw images from prompts"),
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in arguments or os.environ.get("JETWAY_TRACEBACK", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    logging.basicConfig(level=os.environ.get("JETWAY_LOG_LEVEL", "INFO").upper(), format="%(message)s", stream=sys.stderr)
     try:
+        logging.basicConfig(level=_log_level(), format="%(message)s", stream=sys.stderr)
         code = _dispatch(arguments)
         sys.stdout.flush()  # a reader that has left shows here rather than at exit
     except KeyboardInterrupt:
@@ -75,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _log_level() -> str:
+    level = os.environ.get("JETWAY_LOG_LEVEL", "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise UserError("unknown log level", got=f"JETWAY_LOG_LEVEL={level}", expected=", ".join(LOG_LEVELS))
+    return level
+
+
 def _explain(error: UserError | ModuleNotFoundError | OSError) -> str | None:
     """The message for an error that the user can mend; None for one of ours, whose stack we want to see."""
     if isinstance(error, UserError):
@@ -85,6 +93,8 @@ def _explain(error: UserError | ModuleNotFoundError | OSError) -> str | None:
         return f"the package {error.name!r} is not installed\n  to fix: `jetway doctor` lists what is missing and how to install it"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space left\n  got: {error}\n  to fix: free some space, or choose another folder, and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR) and error.filename is not None:
+        return f"{error.filename} cannot be used\n  got: {error.strerror}\n  expected: a path that you may read and write\n  to fix: choose another"
     return None
 
 

@@ -67,6 +67,19 @@ def test_full_disk_is_a_message(verb, capsys) -> None:
     assert "no space left" in capsys.readouterr().err
 
 
+def test_path_that_cannot_be_used_is_a_message(verb, capsys, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    verb.set(lambda argv: (tmp_path / "file" / "run").mkdir())
+    assert cli.main(["act"]) == 2
+    assert f"{tmp_path / 'file' / 'run'} cannot be used\n  got: Not a directory" in capsys.readouterr().err
+
+
+def test_unknown_log_level_is_a_message(verb, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("JETWAY_LOG_LEVEL", "loud")
+    assert cli.main(["act"]) == 2
+    assert "JETWAY_LOG_LEVEL=LOUD" in capsys.readouterr().err
+
+
 def test_our_own_bugs_keep_their_stack(verb) -> None:
     verb.set(raiser(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
