@@ -123,7 +123,7 @@ class Demo:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway demo`."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     places = Places(Path(arguments.output))
     demo = Demo(places, arguments.overrides)
     if arguments.dry_run:

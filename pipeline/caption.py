@@ -20,6 +20,7 @@ from model.config import ImageConfig
 from model.generate.captions import write_captions
 from model.jetformer import JetFormer
 from model.score import score_captions
+from pipeline.checkpoint.files import replace_text
 from pipeline.data.text import TextCodec
 from pipeline.sample import add_model_arguments
 from pipeline.trained import find_codec, open_trained, read_trained_config
@@ -121,7 +122,7 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway caption`; exit code 1 if some of the files could not be read."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)  # images may follow the options
     if arguments.temperature < 0 or arguments.batch_size < 1:
         raise UserError("--temperature must not be negative, and --batch-size at least 1", got=f"{arguments.temperature}, {arguments.batch_size}")
     config, folder = read_trained_config(arguments.source)
@@ -206,7 +207,7 @@ def _ranked(candidates: Sequence[str], scores: Sequence[float]) -> dict[str, Any
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     except OSError as error:
         raise UserError(f"cannot write {path}", got=error, fix="choose another file") from None
 

@@ -1,6 +1,7 @@
 """`jetway sample`: images from prompts, as one PNG grid with the settings beside it."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -167,12 +168,14 @@ def _save_each(images: Tensor, folder: Path) -> list[str]:
 
 
 def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}", got=error, fix="choose another folder") from None
 
 

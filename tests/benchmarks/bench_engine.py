@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="train/digits")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = load_config(RunConfig, arguments.config, arguments.overrides)
     layout = setup_layout(config)
     engine, plain = compare(config, layout, arguments.steps)

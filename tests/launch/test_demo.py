@@ -18,6 +18,11 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path: Path, capsys)
     assert not root.exists()
 
 
+def test_overrides_may_stand_around_the_options(tmp_path: Path, capsys) -> None:
+    assert demo.main(["total_steps=10", "--output", str(tmp_path / "demo"), "log.every_steps=1", "--dry-run"]) == 0
+    assert "total_steps=10 log.every_steps=1" in capsys.readouterr().out
+
+
 def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):

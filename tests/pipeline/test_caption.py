@@ -1,6 +1,8 @@
 """`jetway caption` from image files to text."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -80,6 +82,22 @@ def test_mistakes_are_explained(tiny_run, tmp_path):
         main([str(tiny_run), str(tmp_path)])
     with pytest.raises(UserError, match="--temperature"):
         main([str(tiny_run), str(tmp_path), "--temperature", "-1"])
+
+
+def test_full_disk_leaves_no_half_of_the_captions(tiny_run, folder, tmp_path, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "captions.jsonl"
+    monkeypatch.setattr("pipeline.checkpoint.files.os.fsync", no_space)
+    with pytest.raises(UserError, match="No space left"):
+        main([str(tiny_run), str(folder), "--output", str(output)])
+    assert list(tmp_path.glob("captions.jsonl*")) == []
+
+
+def test_images_may_stand_around_the_options(tiny_run, folder, capsys):
+    assert main([str(tiny_run), str(folder / "0.png"), "--dry-run", str(folder / "1.png")]) == 0
+    assert capsys.readouterr().out.startswith("2 files")
 
 
 def test_dry_run_counts_the_files(tiny_run, folder, capsys):
