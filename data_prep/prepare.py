@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from data_prep.cluster import ray_session, run_tasks
-from data_prep.config import PrepConfig, identity
+from data_prep.config import PrepConfig, identity, identity_hash
 from data_prep.decode import REASONS
 from data_prep.plan import PLAN_FILE, Plan, Task, differences, make_plan
 from data_prep.process import PARTS, PartRecord, finished_parts, finished_shards, plan_shards, write_part, write_shard
 from data_prep.schema import SPLITS, Counts, ImageInfo, Manifest, ShardInfo, Split, TokenizerInfo, generations
 from data_prep.storage import LocalStorage, Storage, open_storage, writing
-from data_prep.tokenizer import make_tokenizer
+from data_prep.tokenizer import check_given_model, make_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ def prepare(config: PrepConfig) -> tuple[Manifest, bool]:
     """
     storage = open_storage(config.output)
     fresh = None if Plan.load(storage) else make_plan(config)  # before anything is written: the input may be unusable
+    if not generations(storage):
+        check_given_model(config.tokenizer)  # not first hours later, when it is needed
     with _only_writer(storage):
         if isinstance(storage, LocalStorage):
             storage.clear_scratch()
@@ -74,7 +76,11 @@ def _agree_on_plan(config: PrepConfig, storage: Storage, fresh: Plan | None) -> 
         fresh.dump(storage)
         return fresh
     changed = differences(stored.config, identity(config))
-    if changed:
+    if changed and not generations(storage) and all(change.startswith("tokenizer.") for change in changed):
+        # The tokenizer comes last: its settings may be mended as long as nothing is published.
+        stored = replace(stored, config=identity(config), config_hash=identity_hash(config))
+        stored.dump(storage)
+    elif changed:
         raise UserError(
             f"{storage.url} was made with another configuration",
             got="; ".join(changed),

@@ -15,13 +15,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from configs.errors import UserError
+from configs.loader import build_config
 from data_prep.config import TokenizerConfig
 from data_prep.schema import TOKENIZER_FILE, Manifest, ShardIndex, ShardInfo, TokenizerInfo, tar_path
 from data_prep.storage import Storage, open_storage
@@ -176,6 +176,14 @@ def make_tokenizer(output: str, shards: Sequence[ShardInfo], config: TokenizerCo
     return TokenizerInfo(file=TOKENIZER_FILE, sha256=hashlib.sha256(data).hexdigest(), num_pieces=num_pieces)
 
 
+def check_given_model(config: TokenizerConfig) -> None:
+    """Raises:
+    UserError: `model_file` is missing or unfit.
+    """
+    if config.model_file is not None:
+        load(_read_model(Path(config.model_file)), config.model_file)
+
+
 def load_tokenizer(storage: Storage, manifest: Manifest) -> Any:
     """The processor of a data set, checked against its manifest.
 
@@ -197,14 +205,17 @@ def load_tokenizer(storage: Storage, manifest: Manifest) -> Any:
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway tokenizer`."""
     parser = argparse.ArgumentParser(prog="jetway tokenizer", description="Train a SentencePiece tokenizer, encode text, or describe a model.")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+    dry_run = "say what would be done; write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    common = argparse.ArgumentParser(add_help=False)  # after the second verb too, without undoing one before it
+    common.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help=dry_run)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    info = verbs.add_parser("info", help="sizes and first pieces of a model")
+    info = verbs.add_parser("info", parents=[common], help="sizes and first pieces of a model")
     info.add_argument("model", help="a data set (folder or s3://) or a .model file")
-    encode = verbs.add_parser("encode", help="pieces and ids of a text")
+    encode = verbs.add_parser("encode", parents=[common], help="pieces and ids of a text")
     encode.add_argument("model", help="a data set (folder or s3://) or a .model file")
     encode.add_argument("text", nargs="*", help="the text; without it, lines of standard input")
-    training = verbs.add_parser("train", help="train on a text file, one caption a line (`jetway prep` does it for data sets)")
+    training = verbs.add_parser("train", parents=[common], help="train on a text file, one caption a line (`jetway prep` does it for data sets)")
     training.add_argument("captions", help="UTF-8 text file")
     training.add_argument("output", help="the .model file to write")
     training.add_argument("--vocab-size", type=int, default=TokenizerConfig.__dataclass_fields__["vocab_size"].default)
@@ -233,10 +244,11 @@ def _train_file(arguments: argparse.Namespace) -> int:
         captions = [" ".join(line.split()) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}", got=error, expected="a UTF-8 text file with one caption a line") from None
+    options = {"vocab_size": arguments.vocab_size, "num_threads": arguments.num_threads, "lower_case": arguments.lower_case}
+    config = build_config(TokenizerConfig, options, source="the options")
     if arguments.dry_run:
         print(f"would train {arguments.vocab_size} pieces on {len(captions)} captions of {path} and write {output}")
         return 0
-    config = replace(TokenizerConfig(), vocab_size=arguments.vocab_size, num_threads=arguments.num_threads, lower_case=arguments.lower_case)
     data = train(captions, config)
     open_storage(output.parent).put_bytes(output.name, data)
     print(f"{output}: {load(data).GetPieceSize()} pieces from {len(captions)} captions")

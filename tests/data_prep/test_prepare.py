@@ -137,8 +137,23 @@ def test_a_given_tokenizer_is_copied_and_a_bad_one_refused(data_set: Path, tmp_p
     bad = TokenizerConfig(model_file=str(data_set / "plan.json"))
     with pytest.raises(UserError, match="not a SentencePiece model"):
         prepare(small_config(tmp_path / "raw", tmp_path / "without", tokenizer=bad))
-    with pytest.raises(UserError, match="half-written"):
-        Manifest.load(open_storage(tmp_path / "without"))
+    assert not (tmp_path / "without").exists()  # found out before the work, not after it
+
+
+def test_tokenizer_settings_may_be_mended_until_the_data_set_is_published(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    config = small_config(make_folder(12), tmp_path / "set", tokenizer=TokenizerConfig(vocab_size=260))
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size"):
+        prepare(config)
+    parts = files_below(tmp_path / "set")
+    assert any(name.startswith("parts/") for name in parts)
+    with pytest.raises(UserError, match=r"image\.resolution: 16 -> 32"):
+        prepare(replace(config, image=ImageConfig(resolution=32, format="png")))
+    mended = replace(config, tokenizer=TokenizerConfig(vocab_size=300))
+    prepare(mended)
+    prepare(replace(mended, output=str(tmp_path / "whole")))
+    assert files_below(tmp_path / "set") == files_below(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size: 300 -> 400"):
+        prepare(replace(config, tokenizer=TokenizerConfig(vocab_size=400)))
 
 
 def test_a_second_run_at_the_same_time_is_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -81,7 +81,10 @@ def test_command_line_trains_describes_and_encodes(tmp_path: Path, capsys: pytes
     captions, model = tmp_path / "captions.txt", tmp_path / "my.model"
     captions.write_text("\n".join(CAPTIONS))
     assert main(["--dry-run", "train", str(captions), str(model), "--vocab-size", "400"]) == 0
+    assert main(["train", str(captions), str(model), "--dry-run"]) == 0
     assert not model.exists()
+    with pytest.raises(UserError, match="num_threads=0 must be at least 1"):
+        main(["train", str(captions), str(model), "--num-threads", "0"])
     assert main(["train", str(captions), str(model), "--vocab-size", "400"]) == 0
     assert main(["info", str(model)]) == 0
     assert main(["encode", str(model), "the digit 7"]) == 0
