@@ -195,17 +195,21 @@ class ObjectStorage(Storage):
         return self._fs
 
     def read_bytes(self, path: str) -> bytes:
-        return self.fs.cat_file(self._path(path))
+        with self._reaching():
+            return self.fs.cat_file(self._path(path))
 
     def read_range(self, path: str, offset: int, size: int) -> bytes:
-        return self.fs.cat_file(self._path(path), start=offset, end=offset + size) if size else b""
+        if not size:
+            return b""
+        with self._reaching():
+            return self.fs.cat_file(self._path(path), start=offset, end=offset + size)
 
     def put_bytes(self, path: str, data: bytes) -> None:
-        with writing(f"{self.url}/{path}"):
+        with writing(f"{self.url}/{path}"), self._reaching(missing="no such bucket"):
             self.fs.pipe_file(self._path(path), data)
 
     def put_file(self, local: str | os.PathLike[str], path: str, *, move: bool = False) -> None:
-        with writing(f"{self.url}/{path}"):
+        with writing(f"{self.url}/{path}"), self._reaching(missing="no such bucket"):
             self.fs.put_file(os.fspath(local), self._path(path))
         if move:
             Path(local).unlink()
@@ -215,24 +219,47 @@ class ObjectStorage(Storage):
         root = self.fs._strip_protocol(self.url)
         where = f"{root}/{folder}" if folder else root
         try:
-            found = self.fs.find(where)
+            with self._reaching():
+                found = self.fs.find(where)
         except FileNotFoundError:
             return []
         paths = (path[len(root) :].lstrip("/") for path in found)
         return sorted(path for path in paths if path.startswith(prefix))
 
     def exists(self, path: str) -> bool:
-        return self.fs.isfile(self._path(path))
+        with self._reaching():
+            return self.fs.isfile(self._path(path))
 
     def size(self, path: str) -> int:
-        return int(self.fs.info(self._path(path))["size"])
+        with self._reaching():
+            return int(self.fs.info(self._path(path))["size"])
 
     def delete(self, path: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._reaching():
             self.fs.rm_file(self._path(path))
 
     def scratch(self) -> Path:
         return Path(tempfile.gettempdir())
+
+    @contextmanager
+    def _reaching(self, missing: str = "") -> Iterator[None]:
+        """Around every request: address, network and credentials are the user's to mend. s3fs lets botocore's own errors through.
+
+        Args:
+            missing: what it means that something was not found; empty: let `FileNotFoundError` through.
+        """
+        try:
+            yield
+        except Exception as error:
+            refused = isinstance(error, PermissionError) or type(error).__module__.startswith(("botocore.", "aiobotocore."))
+            if not refused and not (missing and isinstance(error, FileNotFoundError)):
+                raise
+            raise UserError(
+                f"cannot use {self.url}",
+                got=missing if isinstance(error, FileNotFoundError) else error,
+                expected="a bucket that answers, and credentials that it accepts",
+                fix="check the address, the network, and AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL",
+            ) from error
 
     def _path(self, path: str) -> str:
         return f"{self.url}/{_checked(path)}"

@@ -92,6 +92,17 @@ def test_an_unknown_scheme_is_a_user_error() -> None:
         ObjectStorage("nowhere://x").exists("a")
 
 
+def test_a_store_that_refuses_is_a_user_error(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no such bucket"):
+        open_storage("s3://never-made/set").put_bytes("a", b"x")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for use in (lambda storage: storage.list(), lambda storage: storage.read_bytes("a"), lambda storage: storage.put_bytes("a", b"x")):
+        with pytest.raises(UserError, match=r"cannot use .*\n  got: Unable to locate credentials"):
+            use(open_storage(s3_url))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_a_user_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
