@@ -98,6 +98,6 @@ def test_continuous_integration_runs_what_the_readme_says() -> None:
     assert "make test" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def test_rooms_have_a_readme_of_about_a_page() -> None:
+def test_rooms_have_a_readme() -> None:
     missing = [room for room in ("configs", "data_prep", "launch", "model", "pipeline", "tests") if not (REPOSITORY / room / "README.md").is_file()]
     assert not missing, missing
