@@ -77,5 +77,5 @@ class Patchify(nn.Module):
         pixels = image * GREY_STEP - 1 + dequantisation * GREY_STEP
         state.x = patchify(pixels, self.config.image.patch_size)
         if batch.log_stats:
-            stats.add(state, "logdet_per_dim", 0.0, count=rows.num_scored)
+            stats.add(state, "logdet_per_dim", pixels.new_zeros(()), count=rows.num_scored)
         return state

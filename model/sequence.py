@@ -117,11 +117,10 @@ class SequenceEmbedding(nn.Module):
         if batch.score_all:
             state.record("rest_nll", nats)
         if batch.log_stats and not rows.placeholder:
-            text_first = batch.text_first[rows.trained[0] : rows.trained[1]]
             stats.add(state, "loss", scored.sum() * bits_per_nat, count=0)
-            stats.add(state, "image_bits", nats[text_first].sum() * bits_per_nat, count=0)
+            stats.add(state, "image_bits", nats[: rows.num_text_first].sum() * bits_per_nat, count=0)
             if batch.scores_prefix(self.config.objective):
-                stats.add(state, "image_bits_unconditional", nats[~text_first].sum() * bits_per_nat, count=0)
+                stats.add(state, "image_bits_unconditional", nats[rows.num_text_first :].sum() * bits_per_nat, count=0)
             stats.add(state, "rest_nats_per_dim", scored.sum(), count=rows.num_scored * rest[0].numel())
 
 

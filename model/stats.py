@@ -26,15 +26,12 @@ METRICS = (
 )
 
 
-def add(state: "State", name: str, total: Tensor | float, *, count: Tensor | float) -> None:
-    """Adds a sum and the number of things it is a sum of to one metric."""
+def add(state: "State", name: str, total: Tensor, *, count: float) -> None:
+    """Adds a sum (a scalar on the model's device) and the number of things it is a sum of to one metric."""
     if state.stats is None:
-        state.stats = torch.zeros(2, len(METRICS), dtype=torch.float64)
+        state.stats = torch.zeros(2, len(METRICS), dtype=torch.float64, device=total.device)
     column = METRICS.index(name)
-    if isinstance(total, Tensor):
-        state.stats = state.stats.to(total.device)
-        total = total.detach().double()
-    state.stats[0, column] += total
+    state.stats[0, column] += total.detach().double()
     state.stats[1, column] += count
 
 

@@ -96,13 +96,12 @@ class Coupling(nn.Module):
         return result
 
     def _record_bits(self, state: State, batch: Batch, bits: Tensor, rows: FlowRows) -> None:
-        text_first = batch.text_first[rows.trained[0] : rows.trained[1]]
         if rows.placeholder:
             return
-        stats.add(state, "image_bits", bits[text_first].sum(), count=0)
+        stats.add(state, "image_bits", bits[: rows.num_text_first].sum(), count=0)
         stats.add(state, "loss", rows.scored(bits).sum(), count=0)
         if batch.scores_prefix(self.config.objective):
-            stats.add(state, "image_bits_unconditional", bits[~text_first].sum(), count=0)
+            stats.add(state, "image_bits_unconditional", bits[rows.num_text_first :].sum(), count=0)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.spatial:

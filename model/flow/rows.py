@@ -24,6 +24,8 @@ class FlowRows:
     frozen: tuple[int, int]
     placeholder: bool
     """The one trained row is such a stand-in."""
+    num_text_first: int
+    """How many of the trained rows have the caption first: the first ones."""
     num_scored: int
     """How many of the trained rows count in the loss: the first ones."""
 
@@ -37,11 +39,11 @@ class FlowRows:
         trained = tp.bounds(boundary, rank)
         frozen_start, frozen_stop = tp.bounds(size - boundary, rank)
         frozen = (boundary + frozen_start, boundary + frozen_stop)
-        scored_stop = size if objective.loss_on_prefix else text_first
-        num_scored = max(min(trained[1], scored_stop) - trained[0], 0)
         if trained[0] == trained[1]:
-            return FlowRows((0, 1), frozen, placeholder=True, num_scored=0)
-        return FlowRows(trained, frozen, placeholder=False, num_scored=num_scored)
+            return FlowRows((0, 1), frozen, placeholder=True, num_text_first=0, num_scored=0)
+        num_text_first = max(min(trained[1], text_first) - trained[0], 0)
+        num_scored = trained[1] - trained[0] if objective.loss_on_prefix else num_text_first
+        return FlowRows(trained, frozen, placeholder=False, num_text_first=num_text_first, num_scored=num_scored)
 
     @property
     def num_trained(self) -> int:

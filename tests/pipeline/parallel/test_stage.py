@@ -9,6 +9,7 @@ from torch import Tensor
 from model import init
 from model.jetformer import JetFormer, build_jetformer
 from model.layers import layer_specs
+from model.stats import METRICS
 from pipeline.engine import FlatBuffers
 from pipeline.parallel.partition import cut_layers
 from pipeline.parallel.stage import PipelineStage, as_jetformer
@@ -77,6 +78,21 @@ def test_metric_sums_do_not_count_recomputed_layers_twice() -> None:
         sums.append(stages[0].stats.take(torch.device("cpu")))
     torch.testing.assert_close(sums[0], sums[1])
     assert sums[0][1].max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("num_text_first", [0, 2, 4])
+def test_a_step_neither_mixes_devices_nor_waits_for_one(num_text_first: int, recompute: bool, dtype: torch.dtype) -> None:
+    """On the meta device, which has no values: an operation that needs one on the host fails, as does one on tensors of two devices."""
+    (stage,) = build_stages(1, recompute=recompute)
+    stage.to("meta", dtype)
+    batch = synthetic_batch(CONFIG, 0, 0, 4)
+    batch.num_text_first = num_text_first
+    stage.feed.load([batch.to("meta")])
+    stage(torch.zeros(1, device="meta")).backward()
+    assert {parameter.grad.device.type for parameter in stage.parameters() if parameter.grad is not None} == {"meta"}
+    assert stage.stats.take(torch.device("meta")).shape == (2, len(METRICS))
 
 
 def test_every_stage_can_be_saved_and_loaded_by_global_name() -> None:
