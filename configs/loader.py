@@ -56,7 +56,8 @@ def load_config(schema: type[Config], path: str | Path | None = None, overrides:
     """
     values = _read_yaml(resolve_path(path)) if path is not None else {}
     apply_overrides(values, overrides)
-    return build_config(schema, values, source=str(path) if path is not None else "the defaults")
+    source = str(path) if path is not None else "the defaults"
+    return build_config(schema, values, source=f"{source} with {' '.join(overrides)}" if overrides else source)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway prep`."""
     arguments = _parser().parse_intermixed_args(argv)
+    if arguments.count < 1:
+        raise UserError("--count must be at least 1", got=arguments.count)
     config = configure(arguments.settings, arguments.input, arguments.output)
     if arguments.dry_run:
         _print_plan(config, arguments.embedded)

@@ -103,6 +103,12 @@ def test_wrong_values_are_named_by_path(override: str, named: str) -> None:
     assert named in str(caught.value)
 
 
+def test_message_names_the_file_and_the_overrides(write) -> None:
+    path = write("name: x\n")
+    with pytest.raises(ConfigError, match=f"unknown key in {path} with cuont=3"):
+        load_config(Root, path, ["cuont=3"])
+
+
 def test_wrong_types_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(Root, None, ["count=a", "leaf.rate=b"])

@@ -56,6 +56,8 @@ def test_embedded_set_becomes_an_ordinary_folder_once(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     arguments = ["data/shapes", "--embedded", "shapes", "--count", "40", "image.resolution=32"]
     assert run.main([*arguments, "--dry-run"]) == 0
+    with pytest.raises(UserError, match="--count must be at least 1"):
+        run.main([*arguments, "--count", "0"])
     assert files_below(tmp_path) == {}
     assert run.main(arguments) == 0
     assert len(list((tmp_path / "data" / "shapes-raw").glob("*.png"))) == 40
