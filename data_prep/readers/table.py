@@ -100,7 +100,9 @@ def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[list[str], int, i
         nonlocal position
         while raw := file.readline():
             position += len(raw)
-            yield raw.decode("utf-8-sig" if position == len(raw) else "utf-8", errors="replace").replace("\0", "")
+            text = raw.decode("utf-8-sig" if position == len(raw) else "utf-8", errors="replace")
+            # csv gives up the whole file for one stray carriage return in a caption.
+            yield text.replace("\0", "").replace("\r\n", "\n").replace("\r", " ")
 
     is_tsv = path.suffix.lower() == ".tsv"
     reader = csv.reader(lines(), delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)

@@ -105,3 +105,15 @@ def test_foreign_values_become_plain_json(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"image": "img/1.png", "caption": "c", "when": datetime.date(2024, 2, 3), "nan": float("nan"), "raw": b"\0"}]
     (sample,) = read_all(write_table(tmp_path, ".parquet", rows), PrepConfig())
     assert sample.extra == {"when": "2024-02-03", "nan": None, "raw": None}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_stray_carriage_return_costs_nothing(tmp_path: Path, suffix: str, end: str) -> None:
+    write_images(tmp_path)
+    comma = "," if suffix == ".csv" else "\t"
+    rows = [comma.join(row) for row in (("caption", "image"), ("one\rtwo", "img/0.png"), ("three", "img/1.png"))]
+    (tmp_path / f"pairs{suffix}").write_bytes((end.join(rows) + end).encode())
+    samples = read_all(tmp_path / f"pairs{suffix}", PrepConfig(samples_per_shard=1))
+    assert [sample.caption for sample in samples] == ["one two", "three"]
+    assert [sample.image for sample in samples] == [(tmp_path / "img" / f"{i}.png").read_bytes() for i in range(2)]
