@@ -80,8 +80,11 @@ class Demo:
         """`overrides` go to `jetway train`.
 
         Raises:
-            ConfigError: they do not fit the configuration.
+            UserError: they do not fit the configuration, or move what the demo has its own place for.
         """
+        for override in overrides:
+            if override.partition("=")[0] in ("data.path", "output_dir"):
+                raise UserError("the demo keeps everything in one folder", got=override, fix="name that folder with --output")
         self.places = places
         self.overrides = [f"data.path={places.data}", f"output_dir={places.root}", *overrides]
         self.config = load_config(RunConfig, CONFIG, self.overrides)

@@ -47,7 +47,7 @@ def train_scorer(data_set: str) -> DigitScorer:
     except ImportError:
         raise UserError("scoring digits needs scikit-learn, which is not installed", fix='pip install "jetway[demo]"') from None
     images, digits = load_split(data_set, "train")
-    # gamma=1 on 0..1 pixels is scikit-learn's own example (0.001 on 0..16, squared distances scale by 256), rounded up.
+    # scikit-learn's own example has gamma 0.001 on pixels of 0..16; on 0..1 squared distances are 256 times smaller.
     classifier = SVC(gamma=0.25, C=10.0).fit(_features(images), digits)
     scorer = DigitScorer(classifier, float("nan"), 0)
     real, answers = load_split(data_set, "heldout")

@@ -23,6 +23,12 @@ def test_overrides_may_stand_around_the_options(tmp_path: Path, capsys) -> None:
     assert "total_steps=10 log.every_steps=1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("override", ["output_dir=elsewhere", "data.path=mine"])
+def test_places_are_the_demos_own(override: str) -> None:
+    with pytest.raises(UserError, match="--output"):
+        demo.main([override, "--dry-run"])
+
+
 def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
