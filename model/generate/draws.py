@@ -13,6 +13,8 @@ from torch import Tensor
 from model import streams
 from model.streams import Stream
 
+_UNITS = 2.0**48
+
 
 class Purpose(enum.IntEnum):
     """What a number is drawn for."""
@@ -56,7 +58,10 @@ class TokenDraws:
 
 
 def categorical(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from softmax(logits) by inverting its distribution function: [B, K], [B] in [0, 1) -> int64 [B]."""
-    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    target = uniform.double() * cumulative[:, -1]
+    """Draws from softmax(logits) by inverting its distribution function: [B, K], [B] in [0, 1) -> int64 [B].
+
+    Probabilities are counted in units of 2**-48: whole numbers add up to the same in any order, as a GPU's floating-point sums do not.
+    """
+    cumulative = (torch.softmax(logits.double(), dim=-1) * _UNITS).long().cumsum(-1)
+    target = (uniform.double() * cumulative[:, -1]).long()
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -19,6 +19,7 @@ from model.jetformer import JetFormer
 from model.patchify import to_uint8, unpatchify
 
 CfgRule = Literal["analytic", "clipped", "rejection"]
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,8 @@ def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: To
 
 def _tempered(head: GmmHead, hidden: Tensor, component: Tensor, temperature: float) -> Gaussian:
     loc, scale = head.component(hidden, component)
-    return Gaussian(loc, scale * temperature)
+    # Guidance divides by the scales: at temperature 0 they are as good as 0, and keep their ratios.
+    return Gaussian(loc, scale * max(temperature, MIN_TEMPERATURE))
 
 
 @torch.no_grad()

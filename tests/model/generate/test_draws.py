@@ -1,6 +1,7 @@
 """Random draws of sampling."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.generate.draws import Purpose, TokenDraws, categorical
 
@@ -16,6 +17,21 @@ def test_categorical_follows_the_softmax():
 def test_categorical_at_the_ends_stays_among_the_possible():
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, -1)
     assert categorical(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
+
+
+def test_categorical_adds_up_whole_numbers_only():
+    """A GPU adds floating-point numbers in no fixed order, and refuses to where deterministic algorithms are asked for."""
+    summed = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.cumsum:
+                summed.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        categorical(torch.zeros(2, 3), torch.tensor([0.1, 0.9]))
+    assert summed == [torch.int64]
 
 
 def test_draws_differ_by_purpose_token_chunk_seed_and_sample_only():

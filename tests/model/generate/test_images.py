@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.generate.draws import Purpose, TokenDraws, categorical
-from model.generate.guidance import Gaussian, analytic
+from model.generate.guidance import Gaussian, analytic, clipped
 from model.generate.images import ImageSampling, decode_images, draw_token, sample_images, sample_soft_tokens
 from model.patchify import patchify, to_uint8, unpatchify
 from model.sequence import image_slice
@@ -97,6 +97,21 @@ def test_captions_steer_the_image_and_no_guidance_runs_no_unconditional_rows(sma
     assert set(rows[1:]) == {4}
     swapped = sample_soft_tokens(small_model, text.flip(0), mask, settings=PLAIN, positions=torch.arange(2))
     assert not torch.allclose(plain, swapped)
+
+
+@pytest.mark.parametrize("rule", ["analytic", "clipped", "rejection"])
+def test_guidance_at_temperature_0_takes_the_guided_mean(rule, small_model):
+    hidden = torch.randn(6, small_model.config.decoder.width, generator=torch.Generator().manual_seed(0))
+    settings = dataclasses.replace(GUIDED, cfg_rule=rule, temperature=0.0)
+    draws = TokenDraws(0, torch.arange(3))
+    cold = draw_token(small_model.head.gmm, hidden, settings, draws).detach()
+    assert cold.isfinite().all()
+    if rule == "rejection":
+        return
+    component = categorical(small_model.head.gmm.mixture_logits(hidden[::2]), draws.uniform(Purpose.COMPONENT))
+    pair = [Gaussian(*small_model.head.gmm.component(rows, component)) for rows in (hidden[::2], hidden[1::2])]
+    expected = (analytic if rule == "analytic" else clipped)(*pair, settings.cfg_scale).loc
+    torch.testing.assert_close(cold, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_temperature_scales_the_noise_of_the_chosen_component(small_model):
