@@ -192,14 +192,13 @@ class _GatherRows(torch.autograd.Function):
         parts = [torch.empty_like(padded) for _ in range(tp.size)]
         dist.all_gather(parts, padded, group=tp.group)
         ctx.save_for_backward(index)
-        ctx.rows, ctx.max_rows, ctx.rank = len(x), max_rows, tp.rank
+        ctx.own = slice(tp.rank * max_rows, tp.rank * max_rows + len(x))
+        ctx.num_places = tp.size * max_rows
         return torch.cat(parts).index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
-        own = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        first = ctx.rank * ctx.max_rows
-        mine = (index >= first) & (index < first + ctx.rows)
-        own[index[mine] - first] = grad[mine]
-        return own, None, None, None
+        # All ranks' places, and not a mask of the own ones, which a GPU would have to tell the host first.
+        places = grad.new_zeros(ctx.num_places, *grad.shape[1:]).index_copy_(0, index, grad)
+        return places[ctx.own], None, None, None
