@@ -166,11 +166,12 @@ def _start_deepspeed(
 def _spare_copies(engine: Any, layout: Layout) -> None:
     """Takes work out of DeepSpeed's step that a run of this layout does not need (tests/benchmarks/bench_engine.py).
 
-    It flattens all gradients into fresh memory, whose first touch costs more than the copy; and it does so once more for a
-    reduction over the data-parallel ranks even where there is one.
+    It flattens all gradients into fresh memory, whose first touch costs more than the copy on a CPU (a GPU's allocator hands out the
+    same memory again, and buffers of our own would be held beside it); and it does so once more for a reduction over the
+    data-parallel ranks even where there is one.
     """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "flatten"):
+    if hasattr(optimizer, "flatten") and layout.device.type == "cpu":
         optimizer.flatten = FlatBuffers()
     if layout.data == 1:
         if hasattr(optimizer, "buffered_reduce_fallback"):

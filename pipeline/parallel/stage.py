@@ -53,7 +53,8 @@ class PipelineStage(nn.Module):
             specs: the stage's part of `model.layers.layer_specs`.
             previous: the layer whose output is the incoming edge; None on the first stage.
             is_last: return the loss.
-            recompute: keep only each layer's inputs in the forward pass, and run it again in the backward pass.
+            recompute: keep only the inputs of each coupling and block in the forward pass, and run them again in the backward pass. The
+                head, whose outputs are the largest, does so by itself (model.kernels.gmm_nll).
         """
         super().__init__()
         self.specs = tuple(specs)
@@ -89,8 +90,8 @@ class PipelineStage(nn.Module):
     def run(self, edge: Tensor | None, batch: Batch) -> State:
         """The state after the last layer of this stage, from the incoming edge and the micro-batch."""
         state = State() if self.previous is None else self._unpack(self.previous, edge)
-        for layer in self._layers:
-            if self.recompute and torch.is_grad_enabled():
+        for spec, layer in zip(self.specs, self._layers, strict=True):
+            if self.recompute and spec.kind in ("coupling", "block") and torch.is_grad_enabled():
                 state = _run_recomputed(layer, state, batch)
             else:
                 state = layer(state, batch)

@@ -1,6 +1,8 @@
 """Stages one after another compute what the whole model computes, under the same names."""
 
 import itertools
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from model import init
 from model.jetformer import JetFormer, build_jetformer
 from model.layers import layer_specs
 from model.stats import METRICS
-from pipeline.engine import FlatBuffers
+from pipeline.engine import FlatBuffers, _spare_copies
+from pipeline.parallel.layout import Layout
 from pipeline.parallel.partition import cut_layers
 from pipeline.parallel.stage import PipelineStage, as_jetformer
 from tests.distributed.worker import initialise_busily, scenario_config, synthetic_batch
@@ -70,6 +73,15 @@ def test_stages_give_the_gradients_of_the_whole_model(num_stages: int, recompute
         torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_couplings_and_blocks_are_recomputed_once_and_nothing_else_is() -> None:
+    (stage,) = build_stages(1, recompute=True)
+    calls: Counter[str] = Counter()
+    for name in (spec.name for spec in stage.specs):
+        stage.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: calls.update([name]))
+    backward_through([stage], 1)
+    assert calls == {spec.name: 2 if spec.kind in ("coupling", "block") else 1 for spec in stage.specs}
+
+
 def test_metric_sums_do_not_count_recomputed_layers_twice() -> None:
     sums = []
     for recompute in (False, True):
@@ -122,6 +134,14 @@ def test_flat_buffers_hold_the_elements_in_order_and_are_used_again() -> None:
     first = flatten([torch.arange(6.0).view(2, 3).t(), torch.ones(1)])
     assert first.tolist() == [0, 3, 1, 4, 2, 5, 1]
     assert flatten([torch.zeros(7)]).data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize(("device", "spared"), [("cpu", True), ("cuda", False)])
+def test_buffers_of_our_own_are_held_on_the_cpu_only(device: str, spared: bool) -> None:
+    optimizer = SimpleNamespace(flatten=torch.cat)
+    layout = Layout(rank=0, world_size=2, local_rank=0, tensor=1, data=2, pipe=1, device=torch.device(device))
+    _spare_copies(SimpleNamespace(optimizer=optimizer), layout)
+    assert isinstance(optimizer.flatten, FlatBuffers) == spared
 
 
 def test_start_is_the_same_in_stages_and_whole() -> None:
