@@ -62,7 +62,7 @@ class SequenceEmbedding(nn.Module):
             result.record("z", state.x)
         self._score_rest(result, batch, rest)
         index, max_rows = gather_index(batch, self.config, self.tp)
-        soft = gather_rows(soft, index.to(soft.device), max_rows, self.tp)
+        soft = gather_rows(soft, index.to(soft.device, non_blocking=True), max_rows, self.tp)
         result.soft = self._add_input_noise(self._stop_gradient(soft, batch), batch)
         result.hidden = self.embed(batch, result.soft)
         return result
@@ -86,7 +86,8 @@ class SequenceEmbedding(nn.Module):
     def embed_markers(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """BOS and BOI, [B, 1, D] each."""
         config = self.config.text
-        ids = torch.tensor([config.bos_id, config.boi_id], device=device).expand(batch_size, 2)
+        ids = torch.full((batch_size, 2), config.bos_id, device=device)  # filled there: a copy from the host would wait for the device
+        ids[:, 1] = config.boi_id
         bos, boi = self.text(ids).chunk(2, dim=1)
         return bos, boi
 
