@@ -37,12 +37,13 @@ class TrainedModel:
     """Where files that belong to it are looked for: the run's folder, or that of the exported file."""
 
 
-def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto") -> TrainedModel:
+def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto", verify: bool = True) -> TrainedModel:
     """Loads a run's newest good checkpoint, one checkpoint, or an exported `.safetensors` file. Not collective: any one process may call it.
 
     Args:
         ema: take the moving average of the weights.
         device: `auto`, `cpu` or `cuda`.
+        verify: check the digests of all files of a checkpoint, those of the optimiser state too.
 
     Raises:
         UserError: nothing there, damaged, no moving average, or no such device.
@@ -58,7 +59,7 @@ def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto") -
         model = JetFormer(model_config)
         load_safetensors(path, model)
         return TrainedModel(model=model.eval().to(target), config=_bare_config(model_config), origin=str(path), folder=path.parent)
-    with open_checkpoint(path, alone=True) as reader:
+    with open_checkpoint(path, alone=True, verify=verify) as reader:
         config = run_config_of(reader)
         model = JetFormer(config.model)
         load_weights(reader, model, ema=ema, config=config.model)

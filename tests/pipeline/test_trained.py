@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.export import main as export
 from pipeline.trained import find_codec, open_trained, read_trained_config
 
@@ -56,6 +57,14 @@ def test_one_process_of_a_job_may_open_a_model_by_itself(tiny_run, monkeypatch):
         monkeypatch.setattr(torch.distributed, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name} was called"))
     assert open_trained(tiny_run).config == read_trained_config(tiny_run)[0]
     assert open_trained(tiny_run / "checkpoints" / "step_00000003").config.total_steps == 10_000
+
+
+def test_a_checkpoint_of_this_moment_is_opened_without_reading_all_of_it(tiny_run, monkeypatch):
+    checkpoint = CheckpointFolder(tiny_run).step_path(3)
+    monkeypatch.setattr("pipeline.checkpoint.reader.hash_file", lambda path: pytest.fail(f"{path} was read whole"))
+    assert open_trained(checkpoint, verify=False).origin.startswith("step 3")
+    with pytest.raises(pytest.fail.Exception, match="read whole"):
+        open_trained(checkpoint)
 
 
 def test_configuration_is_read_without_the_weights_and_past_a_damaged_checkpoint(tiny_config, write_run, tmp_path):
