@@ -20,8 +20,8 @@ from typing import IO
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.05
-SETTLE_S = 3.0
-"""After the first failure: time for the others to fail of themselves, with messages of their own."""
+SETTLE_S = 10.0
+"""After the first failure: time for the others to fail of themselves, with messages of their own, on a busy machine too."""
 GRACE_S = 10.0
 """After SIGTERM: time to end before SIGKILL."""
 NUM_TAIL_LINES = 15
