@@ -134,6 +134,8 @@ class DecoderConfig:
             raise ValueError(f"decoder.num_heads={self.num_heads} is not divisible by decoder.num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"decoder.head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"decoder.dropout={self.dropout} must lie in 0..1, below 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +164,11 @@ class ObjectiveConfig:
     """Noise on soft tokens: std ~ U(0, this) per text-first example, in training."""
     label_drop_probability: float = 0.1
     rgb_noise_on_image_prefix: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("text_first_probability", "label_drop_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"objective.{name}={getattr(self, name)} must lie in 0..1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,14 @@ from typing import Literal
 from model.config import JetFormerConfig
 
 
+def _check_at_least(section: str, config: object, minimum: int, *names: str) -> None:
+    """Raises ValueError for a field below `minimum`; None is left alone."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{section}.{name}={value} must be at least {minimum}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Where the samples come from, and how many make one optimiser step."""
@@ -28,6 +36,10 @@ class DataConfig:
     """What stands in the text slots: the caption's tokens, or the integer `label` of the sample's JSON (class-conditional)."""
     flip_lr: bool = False
     """Mirror half of the training images (class-conditional recipe)."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("data", self, 1, "global_batch_size", "micro_batch_size", "shuffle_window_shards")
+        _check_at_least("data", self, 0, "num_prefetch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +86,7 @@ class ParallelConfig:
     """`full`: recompute every coupling and block in the backward pass."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        _check_at_least("parallel", self, 1, "tensor", "pipeline", "data", "processes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +99,10 @@ class CheckpointConfig:
     """Checkpoints at multiples of this are never deleted."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run's folder."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("checkpoint", self, 1, "keep_last", "keep_every_steps")
+        _check_at_least("checkpoint", self, 0, "every_steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +145,10 @@ class EvalConfig:
     sample_every_steps: int = 1000
     """Draw a grid for the report at these steps (0: only at the end)."""
     num_samples: int = 10
+
+    def __post_init__(self) -> None:
+        _check_at_least("eval", self, 1, "batch_size", "num_examples")
+        _check_at_least("eval", self, 0, "every_steps", "sample_every_steps", "num_samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

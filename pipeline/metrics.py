@@ -146,7 +146,7 @@ class MetricsMeter:
 
         Args:
             step: optimiser steps done.
-            sums: fp64 [2, metrics] of model.stats over those steps, reduced over all ranks.
+            sums: fp64 [2, metrics] of model.stats in the last of those steps, reduced over all ranks.
             sigma: RGB noise in grey levels.
             extra: further values to record as they are.
         """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
 from configs.loader import build_config
 from pipeline.config import RunConfig
 from pipeline.parallel.layout import Layout, check_layout
@@ -43,6 +43,30 @@ def test_neighbour_is_the_same_place_on_the_next_stage() -> None:
 def test_layout_that_cannot_work_is_refused(changes: dict, world_size: int, named: str) -> None:
     with pytest.raises(UserError, match=named):
         check_layout(build_config(RunConfig, merged(BASE, changes)), world_size)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        *(("data", name, 0) for name in ("global_batch_size", "micro_batch_size", "shuffle_window_shards")),
+        *(("checkpoint", name, 0) for name in ("keep_last", "keep_every_steps")),
+        *(("eval", name, 0) for name in ("batch_size", "num_examples")),
+        ("data", "num_prefetch", -1),
+        ("parallel", "data", 0),
+    ],
+)
+def test_number_that_would_fail_later_is_refused_at_once(section: str, name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}={value} must be at least"):
+        build_config(RunConfig, merged(BASE, {section: {name: value}}))
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("decoder", "dropout", 1.0), ("objective", "text_first_probability", 1.5), ("objective", "label_drop_probability", -0.1)],
+)
+def test_share_beyond_its_range_is_refused(section: str, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value} must lie in"):
+        build_config(RunConfig, merged(BASE, {"model": {section: {name: value}}}))
 
 
 def test_layout_that_works_gives_the_micro_batches() -> None:
