@@ -31,7 +31,7 @@ from pipeline.parallel.partition import cut_layers
 from pipeline.parallel.stage import PipelineStage
 from pipeline.scoring import Scorer, sum_over_world
 from pipeline.tracker import EVAL
-from pipeline.trained import run_folder
+from pipeline.trained import TOKENIZER_FILE, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     with together(layout, lambda: open_checkpoint(arguments.source, group=layout.control_group)) as reader:
         dataset = together(layout, lambda: open_dataset(config.data.path, config.data.generation))
+        if config.data.text == "caption":
+            together(layout, lambda: dataset.check_tokenizer(run_folder(reader) / TOKENIZER_FILE, otherwise="evaluate on another one"))
         specs = layer_specs(config.model, layout.tensor_parallel)
         stage = build_stage(config, layout, specs, cut_layers([spec.training_flops for spec in specs], layout.pipe))
         together(layout, lambda: load_weights(reader, stage, ema=arguments.ema, config=config.model, partial=layout.pipe > 1))

@@ -260,14 +260,9 @@ class Trainer:
 
     def _check_tokenizer(self) -> None:
         """Weights that came with a tokenizer are of no use with another one of the same size."""
-        path = self.run_dir / TOKENIZER_FILE
-        if self.config.data.text == "caption" and path.exists() and path.read_bytes() != self.dataset.read_tokenizer():
-            raise UserError(
-                "the data set's tokenizer is not the one that the weights came with",
-                got=f"{self.config.data.path}: {self.dataset.manifest.tokenizer.file}",
-                expected=f"the same pieces as {path}",
-                fix=f"prepare the data set with tokenizer.model_file={path}, or remove that file: the model then learns the data set's pieces anew",
-            )
+        if self.config.data.text == "caption":
+            path = self.run_dir / TOKENIZER_FILE
+            self.dataset.check_tokenizer(path, otherwise=f"remove {path}: the model then learns the data set's pieces anew")
 
     def _open_tracker(self, *, resumed: bool, state: dict[str, Any]) -> Tracker | None:
         """Rank 0's log files, and a copy of the tokenizer, without which nobody can use the model."""

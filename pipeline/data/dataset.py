@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -113,6 +114,23 @@ class Dataset:
         if (found := hashlib.sha256(data).hexdigest()) != info.sha256:
             raise UserError(f"{where} is the tokenizer of another data set, or damaged", got=f"sha256 {found}", expected=info.sha256, fix=fix)
         return data
+
+    def check_tokenizer(self, path: Path, *, otherwise: str) -> None:
+        """Compares with the copy that a model's weights came with, if there is one at `path`: equal sizes are not equal pieces.
+
+        Args:
+            otherwise: what else the user could do, for the message.
+
+        Raises:
+            UserError: another tokenizer.
+        """
+        if path.exists() and path.read_bytes() != self.read_tokenizer():
+            raise UserError(
+                "the data set's tokenizer is not the one that the weights came with",
+                got=f"{self.storage.url}: {self.manifest.tokenizer.file}",
+                expected=f"the same pieces as {path}",
+                fix=f"prepare the data set with tokenizer.model_file={path}, or {otherwise}",
+            )
 
     def _check_files(self, split: DatasetSplit) -> None:
         listed = set(self.storage.list("shards/"))

@@ -48,10 +48,24 @@ def test_tokenizer_of_another_data_set_is_refused(jetway: Jetway, digits: str) -
     assert_refused(done, "num_pieces")
 
 
-def test_checkpoint_of_another_architecture_is_refused(jetway: Jetway, digits: str) -> None:
-    command = ["train", "train/digits", f"data.path={digits}", "output_dir=wide", *TINY, "total_steps=2", "parallel.processes=1"]
-    assert jetway(*command).returncode == 0
-    assert_refused(jetway(*command, "model.decoder.mlp_dim=32", "total_steps=4"), "mlp_dim")
+@pytest.fixture(scope="module")
+def short_run(jetway: Jetway, digits: str) -> list[str]:
+    """The command of a run of two steps, which has ended."""
+    command = ["train", "train/digits", f"data.path={digits}", "output_dir=short", *TINY, "total_steps=2", "parallel.processes=1"]
+    done = jetway(*command)
+    assert done.returncode == 0, done.stderr
+    return command
+
+
+def test_checkpoint_of_another_architecture_is_refused(jetway: Jetway, short_run: list[str]) -> None:
+    assert_refused(jetway(*short_run, "model.decoder.mlp_dim=32", "total_steps=4"), "mlp_dim")
+
+
+def test_evaluation_with_another_tokenizer_of_the_same_size_is_refused(jetway: Jetway, digits: str, short_run: list[str], workspace: Path) -> None:
+    other = ["tokenizer.lower_case=false", "--input", "raw", "--output", "cased"]
+    assert jetway("prep", "data/digits", *other).returncode == 0
+    assert_refused(jetway("eval", "short", "data.path=cased"), "cased", "tokenizer.model")
+    assert len((workspace / "short" / "eval.jsonl").read_text().splitlines()) == 1  # what training itself had found
 
 
 def test_empty_folder_is_refused(jetway: Jetway, workspace: Path) -> None:

@@ -113,6 +113,15 @@ def test_the_tokenizer_must_be_the_manifests(written, content, part):
     _refused(open_dataset(str(written.path)).read_tokenizer, "tokenizer.model", part)
 
 
+def test_weights_keep_to_the_tokenizer_they_came_with(intact, tmp_path):
+    dataset, copy = open_dataset(str(intact.path)), tmp_path / "tokenizer.model"
+    dataset.check_tokenizer(copy, otherwise="go away")
+    copy.write_bytes(dataset.read_tokenizer())
+    dataset.check_tokenizer(copy, otherwise="go away")
+    copy.write_bytes(dataset.read_tokenizer()[:-1])
+    _refused(lambda: dataset.check_tokenizer(copy, otherwise="go away"), "weights came with", str(copy), "go away")
+
+
 def test_fingerprint_is_the_contents_and_not_the_places(intact, written, write_dataset, tmp_path):
     other = write_dataset(tmp_path / "other", train=(7, 5, 8))
     prints = [open_dataset(str(data.path)).fingerprint for data in (intact, written, other)]
