@@ -1,7 +1,8 @@
 """Random numbers as a function of (seed, stream, sample position): no generator state anywhere.
 
-Every draw belongs to one sample of the training order, so it is the same whatever the device, the micro-batch it sits in,
-the layout of the run, or the number of restarts before it. The generator is SplitMix64 (Steele, Lea, Flood 2014: "Fast
+Every draw belongs to one sample of the training order, so it is the same whatever the micro-batch it sits in, the layout of the
+run, or the number of restarts before it. Bits and uniforms are the same on every device too; normals go through log and cos, whose
+last digit is the device's own. The generator is SplitMix64 (Steele, Lea, Flood 2014: "Fast
 splittable pseudorandom number generators"), run in counter mode on int64 tensors, whose multiplication wraps as needed.
 """
 

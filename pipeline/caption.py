@@ -86,7 +86,7 @@ def score_images(
     for start in tqdm(range(0, len(images), batch_size), desc="scoring", unit="batch", disable=not progress, leave=False):
         some = images[start : start + batch_size].to(device)
         positions = torch.arange(start, start + len(some), device=device)
-        scores.append(score_captions(model, some, text, mask, loss, seed=seed, positions=positions, max_rows=4 * batch_size).cpu())
+        scores.append(score_captions(model, some, text, mask, loss, seed=seed, positions=positions, max_rows=batch_size).cpu())
     return torch.cat(scores) if scores else torch.zeros(0, len(candidates))
 
 

@@ -66,7 +66,8 @@ class Trainer:
         resumes = reader is not None and can_resume(reader)
         state: dict[str, Any] = reader.state if reader is not None and resumes else {}
         self.step = reader.step if reader is not None and resumes else 0
-        generation = state["data"]["generation"] if resumes else config.data.generation
+        # One that the configuration names is opened as named: if it is not the checkpoint's, loading the state says so.
+        generation = config.data.generation if config.data.generation is not None or not resumes else state["data"]["generation"]
         self.dataset = together(layout, lambda: open_dataset(config.data.path, generation))
         rank, degree, first = layout.data_rank, layout.data, layout.is_first_stage
         self.loader = together(layout, lambda: TrainLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first))
