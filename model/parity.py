@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional
 from configs.errors import UserError
 from model.batch import Batch, NoiseSettings, make_batch
 from model.config import JetFormerConfig
-from model.convert.big_vision import config_from_official, from_official, to_official
+from model.convert.big_vision import CHANNEL_MASKS, config_from_official, from_official, to_official
 from model.jetformer import JetFormer
 from model.sequence import image_slice, text_slice
 from model.state import State
@@ -49,6 +50,10 @@ class Comparison:
 
 def build_official(config_values: Mapping[str, object], params: Mapping[str, np.ndarray]) -> JetFormer:
     """A model from the reference's configuration and parameters (`params/*` without the prefix)."""
+    if "channels" not in config_values and CHANNEL_MASKS in params:
+        # The reference's configuration does not name the image channels; its channel permutations are as wide as a patch.
+        patch_size = cast(int, config_values["patch_size"])
+        config_values = {**config_values, "channels": params[CHANNEL_MASKS].shape[-1] // patch_size**2}
     config = config_from_official(config_values)
     model = JetFormer(config)
     missing, unexpected = model.load_state_dict(from_official(params, config), strict=False)

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model import parity
+from model.config import DecoderConfig, FlowConfig, GmmConfig, ImageConfig, JetFormerConfig, TextConfig
 from model.convert.big_vision import from_official, to_official
+from model.jetformer import build_jetformer
 
 FIXTURES = sorted((Path(__file__).parents[1] / "fixtures" / "parity").glob("*.npz"))
 
@@ -48,3 +51,23 @@ def test_official_layout_round_trips_exactly(path):
     assert back.keys() == params.keys()
     for name, value in params.items():
         assert np.array_equal(back[name], value), name
+
+
+def test_image_channels_are_read_off_the_permutations():
+    config = JetFormerConfig(
+        image=ImageConfig(resolution=8, channels=1, patch_size=4),
+        text=TextConfig(length=3, num_pieces=9),
+        flow=FlowConfig(depth=2, block_depth=1, width=8, num_heads=2),
+        decoder=DecoderConfig(width=8, depth=1, mlp_dim=8, num_heads=2, head_dim=4),
+        gmm=GmmConfig(num_mixtures=2, soft_dim=4),
+    )
+    values = {
+        "resolution": 8, "patch_size": 4, "soft_dim": 4, "num_mixtures": 2, "text_len": 3, "vocab_size": 12,
+        "bos_id": 9, "boi_id": 10, "nolabel_id": 11,
+        "flow": {"depth": 2, "block_depth": 1, "emb_dim": 8, "num_heads": 2},
+        "decoder": {"width": 8, "depth": 1, "mlp_dim": 8, "num_heads": 2, "head_dim": 4, "untie_output_vocab": True},
+    }  # fmt: skip
+    source = build_jetformer(config)
+    rebuilt = parity.build_official(values, to_official(source.state_dict(), config))
+    assert rebuilt.config.image.channels == 1
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), rebuilt.parameters(), strict=True))
