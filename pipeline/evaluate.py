@@ -24,9 +24,9 @@ from pipeline.config import RunConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.engine import build_stage
-from pipeline.parallel.agreement import together
+from pipeline.parallel.agreement import joined, together
 from pipeline.parallel.environment import ProcessEnvironment
-from pipeline.parallel.layout import Layout, setup_layout, teardown_layout
+from pipeline.parallel.layout import Layout
 from pipeline.parallel.partition import cut_layers
 from pipeline.parallel.stage import PipelineStage
 from pipeline.scoring import Scorer, sum_over_world
@@ -94,7 +94,13 @@ def main(argv: Sequence[str]) -> int:
         if environment.rank == 0:
             print(json.dumps({"source": arguments.source, "data": to_dict(config)["data"], "eval": to_dict(config)["eval"]}, indent=1))
         return 0
-    layout = setup_layout(config, environment)
+    with joined(config, environment) as layout:
+        _evaluate_checkpoint(arguments, config, layout)
+    return 0
+
+
+def _evaluate_checkpoint(arguments: argparse.Namespace, config: RunConfig, layout: Layout) -> None:
+    """Scores the checkpoint on every rank; rank 0 prints the record and appends it to the run's eval.jsonl."""
     start = time.perf_counter()
     with together(layout, lambda: open_checkpoint(arguments.source, group=layout.control_group)) as reader:
         dataset = together(layout, lambda: open_dataset(config.data.path, config.data.generation))
@@ -125,8 +131,6 @@ def main(argv: Sequence[str]) -> int:
         with (folder / EVAL).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{origin}: {summary_line(record)}\n{json.dumps(record, indent=1)}")
-    teardown_layout(layout)
-    return 0
 
 
 def summary_line(record: dict[str, Any]) -> str:

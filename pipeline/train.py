@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from configs.errors import UserError
 from configs.loader import load_config, to_yaml
 from pipeline.config import RunConfig
-from pipeline.parallel.agreement import SharedUserError
+from pipeline.parallel.agreement import SharedUserError, joined
 from pipeline.parallel.environment import ProcessEnvironment
-from pipeline.parallel.layout import Layout, check_layout, setup_layout, teardown_layout
+from pipeline.parallel.layout import Layout, check_layout
 from pipeline.preemption import StopRequest
 from pipeline.trainer import Trainer
 
@@ -40,20 +40,25 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if environment.rank > 0:
         logging.getLogger().setLevel(logging.WARNING)
-    with StopRequest() as stop:
-        layout = setup_layout(config, environment)
-        try:
-            Trainer(config, layout).run(stop)
-        except SharedUserError:
-            if layout.is_main:
-                raise
-            return EXIT_USER_ERROR
-        except BaseException as error:
-            if layout.world_size == 1:
-                raise
-            _abort(layout, error)
-        teardown_layout(layout)
+    try:
+        with StopRequest() as stop, joined(config, environment) as layout:
+            _train(config, layout, stop)
+    except SharedUserError:
+        if environment.rank == 0:
+            raise
+        return EXIT_USER_ERROR
     return 0
+
+
+def _train(config: RunConfig, layout: Layout, stop: StopRequest) -> None:
+    try:
+        Trainer(config, layout).run(stop)
+    except SharedUserError:
+        raise
+    except BaseException as error:
+        if layout.world_size == 1:
+            raise
+        _abort(layout, error)
 
 
 def _abort(layout: Layout, error: BaseException) -> None:

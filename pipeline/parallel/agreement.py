@@ -1,11 +1,14 @@
 """Errors and values that all ranks share, so that no rank waits for one that has given up."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from configs.errors import UserError
 from pipeline.checkpoint.ranks import Ranks
-from pipeline.parallel.layout import Layout
+from pipeline.config import RunConfig
+from pipeline.parallel.environment import ProcessEnvironment
+from pipeline.parallel.layout import Layout, setup_layout, teardown_layout
 
 T = TypeVar("T")
 
@@ -32,3 +35,19 @@ def together(layout: Layout, action: Callable[[], T]) -> T:
     if messages:
         raise SharedUserError(messages[0])
     return result  # type: ignore[return-value]  # it ran without an error
+
+
+@contextlib.contextmanager
+def joined(config: RunConfig, environment: ProcessEnvironment) -> Iterator[Layout]:
+    """This rank's place among the processes, left again at an end that all ranks share: success or a SharedUserError.
+
+    A process group left to the interpreter's exit sometimes aborts the process there. Another error leaves it as it is: the other
+    ranks may be waiting in a collective.
+    """
+    layout = setup_layout(config, environment)
+    try:
+        yield layout
+    except SharedUserError:
+        teardown_layout(layout)
+        raise
+    teardown_layout(layout)

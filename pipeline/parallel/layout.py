@@ -186,7 +186,7 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
 
 
 def teardown_layout(layout: Layout) -> None:
-    """Leaves the process group, at the end of a run that went well."""
+    """Leaves the process group, at the end of a run that all ranks end together."""
     if layout.tensor > 1:
         from megatron.core import parallel_state
 
