@@ -21,6 +21,7 @@ import simplejpeg
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from data_prep.config import ImageConfig, LimitConfig
+from data_prep.reasons import Drop
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """Pillow decoders that may see untrusted bytes (JPEG includes MPO); anything else is `not_an_image`."""
@@ -28,37 +29,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "pnm"})
 """File names that are taken for images when a folder or a tar is listed."""
 
-REASONS = {
-    "animated": "several frames or pages",
-    "aspect_ratio": "longer side / shorter side above limits.max_aspect_ratio",
-    "bad_caption": "caption file that is not UTF-8 text",
-    "bad_json": "JSON file that is not an object",
-    "caption_too_long": "caption above limits.max_caption_bytes",
-    "corrupt": "the decoder found an error in the file",
-    "file_too_large": "file above limits.max_file_bytes",
-    "missing_caption": "no caption for this image",
-    "missing_file": "no such image file",
-    "not_an_image": "no known image format",
-    "too_many_pixels": "width x height above limits.max_pixels",
-    "too_small": "shorter side below limits.min_side",
-    "truncated": "the file ends too early",
-    "unreadable": "the file system refused to read the file",
-    "unsupported_mode": "pixel type without a defined 8-bit meaning",
-}
-"""Every reason that the failure ledger can hold. The names are stable: people select on them."""
-
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _PNG_END = b"IEND\xaeB`\x82"
 _ORIENTATION = 0x0112
-
-
-class Drop(Exception):  # noqa: N818 - a verdict about one sample, not an error of the program
-    """This sample cannot be used; `reason` is a key of `REASONS`."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from configs.errors import UserError
 from data_prep.cluster import ray_session, run_tasks
 from data_prep.config import PrepConfig, identity, identity_hash
-from data_prep.decode import REASONS
 from data_prep.plan import PLAN_FILE, Plan, Task, differences, make_plan
 from data_prep.process import PARTS, PartRecord, finished_parts, finished_shards, plan_shards, write_part, write_shard
+from data_prep.reasons import explain
 from data_prep.schema import SPLITS, Counts, ImageInfo, Manifest, ShardInfo, Split, TokenizerInfo, generations
 from data_prep.storage import LocalStorage, Storage, open_storage, writing
 from data_prep.tokenizer import check_given_model, make_tokenizer
@@ -115,7 +115,7 @@ def _require_samples(parts: Sequence[PartRecord], storage: Storage) -> None:
     storage.delete(PLAN_FILE)
     raise UserError(
         "not one sample of the input is usable: no data set was written",
-        got=", ".join(f"{number} x {reason} ({REASONS[reason]})" for reason, number in dropped.items()),
+        got=", ".join(f"{number} x {reason} ({explain(reason)})" for reason, number in dropped.items()),
         expected="images with captions",
         fix=f"see {storage.url}/{LEDGER}/ for every file",
     )

@@ -21,9 +21,10 @@ import xxhash
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
-from data_prep.decode import Drop, prepare_image
+from data_prep.decode import prepare_image
 from data_prep.plan import READERS, Task
 from data_prep.readers.base import RawSample
+from data_prep.reasons import Drop
 from data_prep.schema import ShardIndex, ShardInfo, tar_path
 from data_prep.shard_writer import Sample, ShardWriter
 from data_prep.storage import Storage, open_storage, writing

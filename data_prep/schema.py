@@ -3,9 +3,11 @@
     DATASET/
       shards/train-000000.tar       plain ustar; one sample = members KEY.<image>, KEY.txt, KEY.json side by side
       shards/train-000000.idx.npz   where each member lies, and its checksum
+      metadata/train-000000.parquet what is known of each sample, by columns (`metadata.Facts`)
       manifests/000001.json         one immutable generation: which shards, how many samples, all checksums
       tokenizer.model               SentencePiece
-      ledger/failures-000000.jsonl  what was dropped, and why
+      tombstones/000001.json        samples of published shards that must not be used any more
+      ledger/000001/failures-*.jsonl  what was dropped in generation 1, and why
 
 A shard counts only once a manifest names it, and the manifest is written last: a reader sees a whole generation or none.
 Letters: N samples of one shard.
@@ -144,6 +146,8 @@ class ShardInfo:
     """Hex SHA-256 of the tar."""
     index_sha256: str
     """Hex SHA-256 of the index file."""
+    metadata_sha256: str = ""
+    """Hex SHA-256 of `metadata/NAME.parquet`; empty where a data set has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +163,13 @@ class ImageInfo:
     """What every image of the data set is."""
 
     resolution: int
-    """Height and width in pixels."""
+    """Height and width in pixels; the shorter side where `resize_mode` is keep_ratio."""
     channels: int
     """1 (gray) or 3 (RGB)."""
     extension: str
     """`png`, `jpg` or `webp`: format of the bytes and suffix of the member."""
+    resize_mode: str = "center_crop"
+    """`center_crop`: squares; `keep_ratio`: pictures of any shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +205,16 @@ class Manifest:
     """`train` and `heldout`; either may be empty."""
     tokenizer: TokenizerInfo
     counts: Counts
+    action: str = "prep"
+    """What made this generation: `prep`, `grow`, `retry`, `rollback` or `compact`."""
+    base: int | None = None
+    """The generation that it continues; None for the first."""
+    num_planned: int = 0
+    """Samples of the input that this and earlier generations have numbered: the next new sample gets this number as its key."""
+    inputs: tuple[str, ...] = ()
+    """What was read, as the user named it."""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    """Hex SHA-256 of every block list, takedown list and evaluation set that was applied, by path."""
 
     def to_bytes(self) -> bytes:
         """The manifest as JSON, one shard a line, same bytes for the same content."""
@@ -227,6 +243,11 @@ class Manifest:
                 splits=splits,
                 tokenizer=TokenizerInfo(**values["tokenizer"]),
                 counts=Counts(**values["counts"]),
+                action=values.get("action", "prep"),
+                base=values.get("base"),
+                num_planned=values.get("num_planned", values["counts"]["read"]),
+                inputs=tuple(values.get("inputs", ())),
+                lists=values.get("lists", {}),
             )
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"not a data-set manifest: {type(error).__name__} {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.errors import UserError
-from data_prep.decode import REASONS
+from data_prep.reasons import explain
 from data_prep.run import summary
 from data_prep.samples import stored_samples
 from data_prep.schema import SPLITS, Manifest
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if found.labels:
         _print_counts("label", found.labels)
     if manifest.counts.dropped:
-        _print_counts("dropped", {f"{reason} ({REASONS.get(reason, '')})": number for reason, number in manifest.counts.dropped.items()})
+        _print_counts("dropped", {f"{reason} ({explain(reason)})": number for reason, number in manifest.counts.dropped.items()})
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.config import PrepConfig
-from data_prep.decode import Drop
+from data_prep.reasons import Drop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class RawSample:
     source: str
     """Where it came from, for people: `photos/a/b.jpg`, `pairs.csv#12`, `x.tar/000123`."""
     image: bytes = b""
+    url: str | None = None
+    """Address of the image, where the input only names one: whoever asked for the sample fetches it."""
     caption: str | None = None
     label: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.config import PrepConfig
-from data_prep.decode import EXTENSIONS, Drop
+from data_prep.decode import EXTENSIONS
 from data_prep.readers.base import RawSample, Slice, decode_text, parse_object, read_image_file, split_fields
+from data_prep.reasons import Drop
 
 
 def list_images(root: Path) -> list[str]:

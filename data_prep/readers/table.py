@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
-from data_prep.decode import Drop
 from data_prep.readers.base import RawSample, Slice, parse_object, read_image_file, split_fields
+from data_prep.reasons import Drop
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 

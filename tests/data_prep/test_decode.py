@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from data_prep.config import ImageConfig, LimitConfig
-from data_prep.decode import REASONS, Drop, crop_and_resize, decode_stored, encode, prepare_image
+from data_prep.decode import crop_and_resize, decode_stored, encode, prepare_image
+from data_prep.reasons import REASONS, Drop
 from tests.data_prep.conftest import encoded, smooth_pixels
 
 PNG_16 = ImageConfig(resolution=16, format="png")

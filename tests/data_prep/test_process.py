@@ -15,10 +15,10 @@ import pytest
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
-from data_prep.decode import Drop
 from data_prep.plan import make_plan
 from data_prep.process import PartRecord, Piece, clean_caption, is_heldout, plan_shards, prepare_sample, write_part, write_shard
 from data_prep.readers.base import RawSample
+from data_prep.reasons import Drop
 from data_prep.schema import ShardIndex
 from data_prep.storage import open_storage
 from tests.data_prep.conftest import encoded, files_below, small_config, smooth_pixels
