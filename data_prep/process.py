@@ -21,7 +21,7 @@ import xxhash
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
-from data_prep.decode import prepare_image
+from data_prep.images.prepare import prepare_image
 from data_prep.plan import READERS, Task
 from data_prep.readers.base import RawSample
 from data_prep.reasons import Drop
@@ -89,7 +89,7 @@ def prepare_sample(raw: RawSample, key: str, config: PrepConfig) -> Sample:
         raise Drop("caption_too_long", f"{len(caption.encode())} bytes")
     if len(raw.image) > config.limits.max_file_bytes:
         raise Drop("file_too_large", f"{len(raw.image)} bytes")
-    image = prepare_image(raw.image, config.image, config.limits)
+    image = prepare_image(raw.image, config.image, config.limits, config.filters, config.ray.memory_per_task_bytes)
     digest = hashlib.sha256(raw.image)
     values: dict[str, Any] = {
         "key": key,

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from data_prep.decode import decode_stored
+from data_prep.images.encode import decode_stored
 from data_prep.process import is_heldout
 from data_prep.schema import Manifest, ShardIndex, ShardInfo, index_path, tar_path
 from data_prep.storage import Storage, open_storage

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.config import PrepConfig
-from data_prep.decode import EXTENSIONS
+from data_prep.images.formats import EXTENSIONS
 from data_prep.readers.base import RawSample, Slice, decode_text, parse_object, read_image_file, split_fields
 from data_prep.reasons import Drop
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
-from data_prep.decode import EXTENSIONS
+from data_prep.images.formats import EXTENSIONS
 from data_prep.readers.base import RawSample, Slice, as_integer, decode_text, parse_object, split_fields
 from data_prep.reasons import Drop
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from data_prep.config import ImageConfig, LimitConfig
-from data_prep.decode import crop_and_resize, decode_stored, encode, prepare_image
+from data_prep.config import FilterConfig, ImageConfig, LimitConfig
+from data_prep.images.encode import decode_stored, encode
+from data_prep.images.prepare import PreparedImage, prepare_image
+from data_prep.images.resize import fit
 from data_prep.reasons import REASONS, Drop
 from tests.data_prep.conftest import encoded, smooth_pixels
 
@@ -20,15 +22,25 @@ PNG_64 = ImageConfig(resolution=64, format="png")
 LIMITS = LimitConfig(min_side=1)
 
 
+def prepare(data: bytes, image: ImageConfig, limits: LimitConfig = LIMITS) -> PreparedImage:
+    """Without filters, within 1 GiB."""
+    return prepare_image(data, image, limits, FilterConfig(), 2**30)
+
+
+def crop_and_resize(pixels: np.ndarray, resolution: int) -> np.ndarray:
+    """The centred square, resized."""
+    return fit(pixels, ImageConfig(resolution=resolution))
+
+
 def prepared(data: bytes, image: ImageConfig = PNG_64, limits: LimitConfig = LIMITS) -> np.ndarray:
     """Pixels of the prepared image as signed integers."""
-    return decode_stored(prepare_image(data, image, limits).data).astype(int)
+    return decode_stored(prepare(data, image, limits).data).astype(int)
 
 
 def reason(data: bytes, image: ImageConfig = PNG_64, limits: LimitConfig = LIMITS) -> str:
     """Why `data` is dropped."""
     with pytest.raises(Drop) as caught:
-        prepare_image(data, image, limits)
+        prepare(data, image, limits)
     assert caught.value.reason in REASONS
     return caught.value.reason
 
@@ -142,7 +154,7 @@ class TestColour:
     def test_sixteen_bit_rgb_is_scaled_and_not_kept_as_it_is(self) -> None:
         levels = np.random.default_rng(0).integers(0, 65_536, (64, 64, 3), dtype=np.uint16)
         data = bytes(cv2.imencode(".png", levels[..., ::-1])[1])
-        stored = prepare_image(data, PNG_64, LIMITS).data
+        stored = prepare(data, PNG_64).data
         assert stored[24] == 8
         assert_close(decode_stored(stored).astype(int), levels // 257, mean=1)
 
@@ -240,7 +252,7 @@ class TestBadFiles:
     def test_a_phones_two_picture_jpeg_is_no_animation(self) -> None:
         frames = [Image.fromarray(smooth_pixels(64, 64, seed)) for seed in range(2)]
         data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:], quality=98)
-        result = prepare_image(data, PNG_64, LIMITS)
+        result = prepare(data, PNG_64)
         assert result.format == "jpeg"
         assert_close(decode_stored(result.data).astype(int), np.asarray(frames[0]))
 
@@ -254,19 +266,19 @@ class TestStoring:
         pixels = smooth_pixels(64, 64)
         data = encoded(Image.fromarray(pixels).convert("L" if channels == 1 else "RGB"), pillow)
         image = ImageConfig(resolution=64, format=format, channels=channels)
-        assert prepare_image(data, image, LIMITS).data == data
+        assert prepare(data, image).data == data
 
     def test_a_location_in_exif_is_not_kept(self) -> None:
         exif = Image.Exif()
         exif[0x8825] = {1: "N"}
         data = encoded(smooth_pixels(64, 64), "JPEG", exif=exif)
-        stored = prepare_image(data, ImageConfig(resolution=64, format="jpg"), LIMITS).data
+        stored = prepare(data, ImageConfig(resolution=64, format="jpg")).data
         assert b"Exif" in data
         assert b"Exif" not in stored
 
     def test_a_png_without_its_end_is_not_kept(self) -> None:
         data = encoded(smooth_pixels(64, 64))[:-8]
-        assert prepare_image(data, PNG_64, LIMITS).data != data
+        assert prepare(data, PNG_64).data != data
 
     @pytest.mark.parametrize("format", ["png", "jpg", "webp"])
     @pytest.mark.parametrize("channels", [1, 3])
@@ -280,5 +292,5 @@ class TestStoring:
         assert encode(pixels, image) == encode(pixels, image)
 
     def test_original_size_and_format_are_reported(self) -> None:
-        result = prepare_image(encoded(smooth_pixels(50, 70), "JPEG"), PNG_16, LIMITS)
+        result = prepare(encoded(smooth_pixels(50, 70), "JPEG"), PNG_16)
         assert (result.width, result.height, result.format) == (70, 50, "jpeg")
