@@ -54,6 +54,39 @@ REASONS = {
 }
 """Every reason but the HTTP statuses, which are `http_` and the number. The names are stable: people select on them."""
 
+STAGES = {
+    "input": ["bad_caption", "bad_json", "bad_url", "missing_caption", "missing_file", "unreadable"],
+    "lists": ["blocked_domain", "blocked_text", "blocked_url", "takedown"],
+    "network": [
+        "circuit_open",
+        "connection",
+        "dns",
+        "opt_out",
+        "private_address",
+        "protocol",
+        "redirects",
+        "robots",
+        "timeout",
+        "tls",
+        "wrong_length",
+    ],
+    "image": ["animated", "corrupt", "file_too_large", "not_an_image", "too_many_pixels", "truncated", "unsupported_mode"],
+    "filters": [
+        "aspect_ratio",
+        "blank",
+        "border",
+        "caption_too_long",
+        "caption_too_short",
+        "language",
+        "low_quality",
+        "score",
+        "too_small",
+        "upscaled",
+    ],
+    "duplicates": ["duplicate", "eval_caption", "eval_image", "near_duplicate_caption", "near_duplicate_image"],
+}
+"""Where on the way from input to data set a sample can be lost, for statistics; the HTTP statuses are `network`."""
+
 _STATUS = re.compile(r"http_(\d{3})$")
 
 
@@ -70,6 +103,13 @@ def explain(reason: str) -> str:
     """One line for people; empty for a code that this version does not know."""
     status = _STATUS.match(reason)
     return f"the server answered {status.group(1)}" if status else REASONS.get(reason, "")
+
+
+def stage_of(reason: str) -> str:
+    """The key of `STAGES` that a reason belongs to; `other` for a code that this version does not know."""
+    if _STATUS.match(reason):
+        return "network"
+    return next((stage for stage, reasons in STAGES.items() if reason in reasons), "other")
 
 
 def is_reason(text: str) -> bool:
