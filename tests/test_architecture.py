@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data_prep": {"data_prep", "configs"},
     "model.kernels": {"model.kernels", "configs"},
     "model": {"model", "configs"},
-    "pipeline": {"pipeline", "model", "configs", "data_prep.schema", "data_prep.storage"},
+    "pipeline": {"pipeline", "model", "configs", "data_prep.schema", "data_prep.storage", "data_prep.tombstones"},
     "launch": {"launch", "pipeline", "model", "configs", "data_prep"},
 }
 """Room -> module prefixes of ours that it may import, at module level or inside a function."""
