@@ -1,0 +1,174 @@
+"""The diagnosis names the cause and the remedy, once, and is silent when all is well."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from data_prep.config import DownloadConfig, PrepConfig
+from data_prep.diagnosis import HEALING, Watch, diagnose, findings
+from data_prep.failure_text import host_of, normalise
+from data_prep.metadata import Facts
+from data_prep.reasons import is_reason
+from data_prep.run_stats import PartCollector, PartStats, merge
+
+CONFIG = PrepConfig(output="s3://bucket/set", download=DownloadConfig(contact="crawl@example.org"))
+
+
+@dataclass(frozen=True)
+class Fetched:
+    status: int = 200
+    seconds: float = 0.3
+    num_attempts: int = 1
+    num_bytes: int = 1000
+
+
+def run(kept: int = 900, seconds: float = 0.3, **failures: tuple[int, str, str]) -> PartStats:
+    """Statistics of a run; failures: reason -> (number, detail, host, where `#` becomes the sample's number)."""
+    collector = PartCollector()
+    for number in range(kept):
+        facts = Facts(
+            **{"key": str(number), "source": "", "url": f"https://h{number}.org/x", "caption": "a bus", "width": 640, "height": 480},
+            **{"format": "jpeg", "jpeg_quality": 90, "num_bytes": 100, "sha256": bytes(32), "phash": 0},
+        )
+        collector.kept(facts, num_bytes_out=1, answer=Fetched(seconds=seconds))
+    for reason, (count, detail, host) in failures.items():
+        for number in range(count):
+            collector.dropped(reason, detail, f"https://{host.replace('#', str(number))}/x.jpg", Fetched(status=0))
+    return collector.finish()
+
+
+SPREAD = "h#.example.com"
+
+SYSTEMATIC = {
+    "dns-resolver": (
+        run(600, dns=(250, "SERVFAIL from 127.0.0.53", SPREAD), http_404=(150, "", SPREAD)),
+        ["62 % of the failures are DNS SERVFAIL", "250 samples (25 %)", "unbound or knot-resolver", "download.max_concurrency (256 now)"],
+    ),
+    "dns-gone": (run(600, dns=(400, "NXDOMAIN", SPREAD)), ["400 samples (40 %)", "NXDOMAIN", "dig @9.9.9.9"]),
+    "http-429": (
+        run(940, http_429=(60, "", "api.photos.net")),
+        ["60 samples (6.0 %)", "mostly from api.photos.net", "lower download.per_host (8 now)"],
+    ),
+    "http-403-cdn.shop.com": (run(900, http_403=(100, "", "cdn.shop.com")), ["cdn.shop.com refuses", "100 %", "filters.blocked_domains"]),
+    "http-403": (run(800, http_403=(200, "", SPREAD)), ["200 samples (20 %)", "many hosts", "block list"]),
+    "timeout-link": (
+        run(800, seconds=14, timeout=(200, "", SPREAD)),
+        ["200 samples (20 %)", "max_concurrency (256 now)", "download.timeout_s (30 now)"],
+    ),
+    "timeout-hosts": (run(800, timeout=(200, "", "old.org")), ["mostly from old.org", "connect_timeout_s (10 now)"]),
+    "tls": (
+        run(
+            900, tls=(100, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate (_ssl.c:1006)", SPREAD)
+        ),
+        ["100 samples (10 %)", "ca-certificates"],
+    ),
+    "open-files": (run(970, connection=(30, "[Errno 24] Too many open files", SPREAD)), ["ulimit -n", "30 samples (3.0 %)"]),
+    "no-route": (run(900, connection=(100, "[Errno 101] Network is unreachable", SPREAD)), ["found no route"]),
+    "connection": (run(800, connection=(200, "Connect call failed ('10.0.0.1', 80)", SPREAD)), ["Connection refused", "200 samples (20 %)"]),
+    "circuit-open": (run(900, circuit_open=(100, "", "down.org")), ["100 samples (10 %) of down.org", "20 times in a row"]),
+    "robots": (
+        run(800, robots=(120, "", SPREAD), opt_out=(80, "noai", SPREAD)),
+        ["200 samples (20 %)", "robots and opt_out", "nothing needs mending"],
+    ),
+    "web-pages": (run(900, not_an_image=(100, "text/html: <!doctype html>", "login.org")), ["web pages", "login forms", "mostly from login.org"]),
+    "copies-img.gone.net": (
+        run(900, near_duplicate_image=(100, "3 bits from 0000000017", "img.gone.net")),
+        ["100 samples (10 %) from img.gone.net", "placeholder", "filters.takedown"],
+    ),
+    "too_small": (run(600, too_small=(400, "120x90", SPREAD)), ["400 samples (40 %)", "thumbnails", "limits.min_side"]),
+    "missing_caption": (run(600, missing_caption=(400, "", SPREAD)), ["columns.caption", "missing_caption=empty"]),
+    "http_404": (run(500, http_404=(500, "", SPREAD)), ["500 samples (50 %)", "links are gone"]),
+    "5xx": (run(800, http_503=(150, "", SPREAD), http_500=(50, "", SPREAD)), ["200 samples (20 %)", "http_503 and http_500", "per_host"]),
+    "filter-language": (run(400, language=(600, "de", SPREAD)), ["600 samples (60 %)", "one filter (language"]),
+    "low-success": (
+        run(300, http_404=(250, "", SPREAD), corrupt=(30, "", SPREAD), animated=(90, "", SPREAD), blank=(300, "", SPREAD), score=(30, "", SPREAD)),
+        ["only 30 % of 1,000 samples are kept", "no single cause"],
+    ),
+}
+
+
+@pytest.mark.parametrize("code", SYSTEMATIC)
+def test_a_systematic_failure_is_named_with_its_remedy(code: str) -> None:
+    stats, phrases = SYSTEMATIC[code]
+    found = {finding.code: finding.text for finding in findings(stats, CONFIG)}
+    assert set(found) - {"retry"} == {code}, found
+    for phrase in phrases:
+        assert phrase in found[code], found[code]
+
+
+def test_nothing_is_said_when_all_is_well() -> None:
+    assert diagnose(run(1000), CONFIG) == []
+    assert diagnose(PartStats(), CONFIG) == []
+
+
+def test_a_usual_crawl_of_an_old_list_is_not_nagged_about() -> None:
+    usual = run(
+        8300,
+        http_404=(900, "", SPREAD),
+        dns=(90, "NXDOMAIN", SPREAD),
+        timeout=(60, "", SPREAD),
+        too_small=(400, "8x8", SPREAD),
+        http_403=(150, "", SPREAD),
+    )
+    assert diagnose(usual, CONFIG) == []
+
+
+def test_few_samples_are_chance() -> None:
+    assert diagnose(run(10, dns=(10, "SERVFAIL", SPREAD)), CONFIG) == []
+
+
+def test_retry_names_what_may_heal_and_nothing_else() -> None:
+    stats = run(600, timeout=(100, "", SPREAD), http_404=(100, "", SPREAD), http_502=(150, "", SPREAD), http_403=(50, "", SPREAD))
+    text = diagnose(stats, CONFIG)[-1]
+    assert text == "250 samples (25 %) may succeed on another day: `jetway retry s3://bucket/set --reason 5xx,timeout`"
+    gone = run(600, dns=(400, "NXDOMAIN", SPREAD))
+    assert "retry" not in [finding.code for finding in findings(gone, CONFIG)], "a domain that is gone does not come back"
+    assert all(is_reason(name) for name in HEALING)
+
+
+def test_findings_come_in_the_order_of_what_they_cost() -> None:
+    stats = run(300, http_404=(400, "", SPREAD), http_429=(100, "", "a.org"), tls=(200, "self-signed certificate", SPREAD))
+    assert [finding.code for finding in findings(stats, CONFIG)] == ["http_404", "tls", "http-429", "retry"]
+
+
+def test_watch_tells_each_thing_once_and_only_on_good_evidence() -> None:
+    watch = Watch(CONFIG)
+    early = run(60, dns=(40, "SERVFAIL", SPREAD))
+    assert findings(early, CONFIG) != []
+    assert watch.new(early) == [], "40 samples are not enough while the run goes on"
+    later = merge(*[early] * 5)
+    (first,) = watch.new(later)
+    assert "SERVFAIL" in first
+    assert watch.new(merge(later, early)) == []
+    (second,) = watch.new(merge(later, run(0, http_429=(150, "", "api.net"))))
+    assert "429" in second
+
+
+@pytest.mark.parametrize(
+    ("detail", "cause"),
+    [
+        ("Cannot connect to host a.b.org:443 ssl:True [SSLCertVerificationError: (1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed:"
+         " certificate has expired (_ssl.c:1006)')]", "certificate verify failed: expired"),
+        ("[Errno 111] Connect call failed ('93.184.216.34', 443)", "Connection refused"),
+        ("(11, 'Could not contact DNS servers')", "name server unreachable"),
+        ("(4, 'Domain name not found')", "NXDOMAIN"),
+        ("(1, 'DNS server returned answer with no data')", "no address"),
+        ("(12, 'Timeout while contacting DNS servers')", "name server timed out"),
+        ("[Errno -3] Temporary failure in name resolution", "SERVFAIL"),
+        ("12,345 bytes of 23,456", "N bytes of N"),
+        ("host img7.example.org answered 10.2.3.4:80 with https://b.com/a?b=c twice", "host HOST answered ADDRESS with URL twice"),
+        ("120x90", "NxN"),
+        ("cannot identify image file <_io.BytesIO object at 0x7f2a11bc>", "cannot identify image file <_io.BytesIO object at HEX>"),
+        ("", ""),
+        ("x" * 500, "x" * 79 + "…"),
+    ],
+)  # fmt: skip
+def test_equal_causes_read_the_same(detail: str, cause: str) -> None:
+    assert normalise(detail) == cause
+
+
+def test_hosts_are_read_from_any_address() -> None:
+    assert host_of("https://User@CDN.Example.org:8443/a b.jpg?x") == "cdn.example.org"
+    assert host_of("s3://bucket/key") == "bucket"
+    for nothing in (None, "", "no address", "http://[broken", "/a/b.jpg"):
+        assert host_of(nothing) == ""
