@@ -21,10 +21,9 @@ from model.stats import METRICS, summarise
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.checkpoint.weights import load_weights, run_config_of
 from pipeline.config import RunConfig
-from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.engine import build_stage
-from pipeline.parallel.agreement import joined, together
+from pipeline.parallel.agreement import joined, open_dataset_together, together
 from pipeline.parallel.environment import ProcessEnvironment
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.partition import cut_layers
@@ -103,7 +102,7 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: RunConfig, layou
     """Scores the checkpoint on every rank; rank 0 prints the record and appends it to the run's eval.jsonl."""
     start = time.perf_counter()
     with together(layout, lambda: open_checkpoint(arguments.source, group=layout.control_group)) as reader:
-        dataset = together(layout, lambda: open_dataset(config.data.path, config.data.generation))
+        dataset = open_dataset_together(layout, config.data.path, config.data.generation)
         if config.data.text == "caption":
             together(layout, lambda: dataset.check_tokenizer(run_folder(reader) / TOKENIZER_FILE, otherwise="evaluate on another one"))
         specs = layer_specs(config.model, layout.tensor_parallel)
@@ -122,6 +121,7 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: RunConfig, layou
         **figures,
         "split": config.data.eval_split,
         "generation": dataset.manifest.generation,
+        "takedown": dataset.tombstones.number,
         "eval_seed": config.eval.seed,
         "weights": "ema" if arguments.ema else "raw",
         "precision": config.parallel.precision,

@@ -24,12 +24,11 @@ from pipeline.checkpoint.reader import CheckpointReader, open_latest
 from pipeline.checkpoint.weights import can_resume, check_architecture
 from pipeline.checkpoint.writer import KeepPolicy, SaveFailed, save
 from pipeline.config import RunConfig
-from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.engine import Engine, StepResult
 from pipeline.evaluate import evaluate, summary_line
 from pipeline.metrics import MetricsMeter, console_line
-from pipeline.parallel.agreement import SharedUserError, together
+from pipeline.parallel.agreement import SharedUserError, open_dataset_together, together
 from pipeline.parallel.layout import Layout
 from pipeline.parallel.stage import as_jetformer
 from pipeline.preemption import StopRequest
@@ -68,7 +67,7 @@ class Trainer:
         self.step = reader.step if reader is not None and resumes else 0
         # One that the configuration names is opened as named: if it is not the checkpoint's, loading the state says so.
         generation = config.data.generation if config.data.generation is not None or not resumes else state["data"]["generation"]
-        self.dataset = together(layout, lambda: open_dataset(config.data.path, generation))
+        self.dataset = open_dataset_together(layout, config.data.path, generation)
         rank, degree, first = layout.data_rank, layout.data, layout.is_first_stage
         self.loader = together(layout, lambda: TrainLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first))
         self.eval_loader = together(layout, lambda: EvalLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first))
@@ -274,7 +273,12 @@ class Trainer:
             self.config,
             resumed_step=self.step if resumed else None,
             wandb_run_id=state.get("wandb_run_id"),
-            session={"layout": self.layout.name, "world_size": self.layout.world_size, "generation": self.dataset.manifest.generation},
+            session={
+                "layout": self.layout.name,
+                "world_size": self.layout.world_size,
+                "generation": self.dataset.manifest.generation,
+                "takedown": self.dataset.tombstones.number,
+            },
         )
         if self.config.data.text == "caption":
             try:
@@ -286,7 +290,9 @@ class Trainer:
     def _announce(self) -> None:
         num = self.loader.num_samples
         epochs = self.config.total_steps * self.config.data.global_batch_size / num
-        logger.info("%s: %d samples, %.1f epochs; %s", self.config.name, num, epochs, self.engine.describe())
+        left_out = self.loader.num_excluded
+        excluded = f", {left_out} of them taken down (takedown {self.dataset.tombstones.number})" if left_out else ""
+        logger.info("%s: %d samples%s, %.1f epochs; %s", self.config.name, num, excluded, epochs, self.engine.describe())
 
     # Small helpers
 

@@ -10,11 +10,17 @@ import numpy as np
 from configs.errors import UserError
 from data_prep.schema import Manifest, ShardInfo, tar_path
 from data_prep.storage import LocalStorage, Storage, open_storage
+from data_prep.tombstones import Rows, Tombstones
+from data_prep.tombstones import load as load_tombstones
 from model.config import ImageConfig, TextConfig
 from pipeline.data.hashing import Int64Array
 
 NUM_SHARDS_SIZED_AT_START = 4096
 """Sizes of up to this many local shards are compared with the manifest at start; any shard's size is compared when it is opened."""
+
+
+RESIZE_MODES = ("center_crop", "keep_ratio")
+"""Squares; pictures of any shape, whose centred square is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +29,8 @@ class DatasetSplit:
 
     name: str
     shards: tuple[ShardInfo, ...]
+    excluded: tuple[Rows, ...] = ()
+    """Samples of each shard that were taken down; empty where there are none at all."""
 
     @property
     def counts(self) -> Int64Array:
@@ -31,16 +39,22 @@ class DatasetSplit:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all shards."""
+        """Samples of all shards, with those that were taken down."""
         return int(self.counts.sum())
+
+    @property
+    def num_excluded(self) -> int:
+        """Samples that were taken down."""
+        return sum(len(rows) for rows in self.excluded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """One immutable generation of a data set."""
+    """One immutable generation of a data set, without the samples that were taken down from it."""
 
     storage: Storage
     manifest: Manifest
+    tombstones: Tombstones = Tombstones()
 
     @property
     def fingerprint(self) -> str:
@@ -51,14 +65,15 @@ class Dataset:
         """The split `name`, after a look at every shard's file.
 
         Raises:
-            UserError: no such split, no sample in it, or a shard that is missing or of another size than the manifest says.
+            UserError: no such split, no sample in it (or none left), or a shard that is missing or of another size than the manifest says.
         """
         splits = self.manifest.splits
         if name not in splits:
             raise UserError(
                 f"{self.storage.url} has no split {name!r}", expected=f"one of {', '.join(splits)}", fix="set data.split or data.eval_split"
             )
-        split = DatasetSplit(name=name, shards=tuple(splits[name].shards))
+        shards = tuple(splits[name].shards)
+        split = DatasetSplit(name=name, shards=shards, excluded=self._excluded(shards))
         if split.num_samples == 0:
             others = ", ".join(f"{other}: {found.num_samples}" for other, found in splits.items())
             raise UserError(
@@ -66,8 +81,26 @@ class Dataset:
                 got=f"samples by split: {others}",
                 fix="prepare more images, or another share for the held-out split, with `jetway prep`",
             )
+        if split.num_excluded == split.num_samples:
+            raise UserError(
+                f"every sample of split {name!r} of {self.storage.url} was taken down",
+                got=f"{split.num_samples} samples, all of them named by tombstones/ (takedown {self.tombstones.number})",
+                fix="choose another data.generation or split, or prepare more images with `jetway prep`",
+            )
         self._check_files(split)
         return split
+
+    def _excluded(self, shards: tuple[ShardInfo, ...]) -> tuple[Rows, ...]:
+        for shard in shards:
+            rows = self.tombstones.rows(shard.name)
+            if len(rows) and not 0 <= rows[0] <= rows[-1] < shard.num_samples:
+                raise UserError(
+                    f"the takedowns of {self.storage.url} do not fit its shards",
+                    got=f"sample {rows[-1]} of {shard.name}",
+                    expected=f"at most {shard.num_samples - 1}",
+                    fix="restore tombstones/ and the shards from the same copy of the data set; `jetway verify` names what does not fit",
+                )
+        return tuple(self.tombstones.rows(shard.name) for shard in shards) if self.tombstones.count(shard.name for shard in shards) else ()
 
     def check_model(self, image: ImageConfig, text: TextConfig, *, captions: bool) -> None:
         """Compares what the data set holds with what the model expects.
@@ -89,6 +122,13 @@ class Dataset:
                     expected=f"model.image.{key}={expected}",
                     fix=f"set model.image.{key}={found}, or prepare the data set again with `jetway prep` and image.{key}={expected}",
                 )
+        if (mode := self.manifest.image.resize_mode) not in RESIZE_MODES:
+            raise UserError(
+                f"the images of {self.storage.url} have a shape that this version does not know",
+                got=f"resize_mode {mode!r}",
+                expected=f"one of {', '.join(RESIZE_MODES)}",
+                fix="train with the version of jetway that prepared the data set, or a later one",
+            )
         pieces = self.manifest.tokenizer.num_pieces
         if captions and pieces != text.num_pieces:
             raise UserError(
@@ -133,28 +173,31 @@ class Dataset:
             )
 
     def _check_files(self, split: DatasetSplit) -> None:
+        # A shard whose samples were all taken down is never read: it may be gone.
+        shards = [shard for shard in split.shards if len(self.tombstones.rows(shard.name)) < shard.num_samples]
         listed = set(self.storage.list("shards/"))
-        missing = [shard.name for shard in split.shards if tar_path(shard.name) not in listed]
+        missing = [shard.name for shard in shards if tar_path(shard.name) not in listed]
         if missing:
             raise UserError(
-                f"{self.storage.url} is half-written: {len(missing)} of {len(split.shards)} shards of split {split.name!r} are missing",
+                f"{self.storage.url} is half-written: {len(missing)} of {len(shards)} shards of split {split.name!r} are missing",
                 got=f"no {', '.join(tar_path(name) for name in missing[:3])}{' ...' if len(missing) > 3 else ''}",
                 expected=f"what manifest generation {self.manifest.generation} names",
                 fix="copy the data set again, or run the same `jetway prep` again",
             )
         if isinstance(self.storage, LocalStorage):
-            for shard in itertools.islice(split.shards, NUM_SHARDS_SIZED_AT_START):
+            for shard in itertools.islice(shards, NUM_SHARDS_SIZED_AT_START):
                 check_size(self.storage, shard, self.storage.size(tar_path(shard.name)))
 
 
-def open_dataset(path: str, generation: int | None = None) -> Dataset:
+def open_dataset(path: str, generation: int | None = None, takedown: int | None = None) -> Dataset:
     """The data set at a folder or s3:// prefix.
 
     Args:
         generation: manifest generation, None for the newest. A resumed run gives the one that its checkpoint recorded.
+        takedown: number of the newest takedown to honour, None for all. Only for ranks that must agree with another.
 
     Raises:
-        UserError: nothing there, not finished, or no such generation.
+        UserError: nothing there, not finished, no such generation, or a takedown that is lost or damaged.
     """
     storage = open_storage(path)
     if isinstance(storage, LocalStorage) and not storage.root.is_dir():
@@ -164,7 +207,7 @@ def open_dataset(path: str, generation: int | None = None) -> Dataset:
             expected="a folder written by `jetway prep`",
             fix=f"run `jetway prep --input IMAGES --output {path}`, or set data.path",
         )
-    return Dataset(storage=storage, manifest=Manifest.load(storage, generation))
+    return Dataset(storage=storage, manifest=Manifest.load(storage, generation), tombstones=load_tombstones(storage, takedown))
 
 
 def check_size(storage: Storage, shard: ShardInfo, found: int) -> None:

@@ -1,8 +1,10 @@
 """From the sample order to micro-batches: the loader of training, and the one of evaluation.
 
 Both are functions of positions; the only state of training is how many samples were seen. B examples of a micro-batch.
+Samples that were taken down are never read: in training another one stands in for each, in evaluation none does.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,8 +22,9 @@ from model.patchify import noise_sigma
 from model.streams import Stream
 from pipeline.config import RunConfig
 from pipeline.data.batching import BatchPlan, split_evenly
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, DatasetSplit
 from pipeline.data.hashing import Int64Array
+from pipeline.data.live_order import LiveOrder
 from pipeline.data.order import SampleOrder
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.provenance import SampleName, name_samples
@@ -29,9 +32,13 @@ from pipeline.data.reader import Sample, SampleReader
 from pipeline.data.samples import DEFAULT_CACHE_BYTES, SampleArrays, SampleSource
 from pipeline.data.text import TextCodec, dataset_codec
 
+logger = logging.getLogger(__name__)
+
 _EVAL_ORDER_SEED = 0
 """Order of held-out samples: the same in every run, so that the first N of two runs are the same N."""
 _EVAL_OPEN_SHARDS = 16
+_WINDOWS_AHEAD = 2
+"""Windows of a training order whose shards are fetched: the present one and the next. So many are open at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +71,16 @@ class TrainLoader:
             cache_bytes: a split whose decoded samples fit in this is kept in memory
 
         Raises:
-            UserError: the data set does not fit the model, or the split is unknown, empty or half-written.
+            UserError: the data set does not fit the model, or the split is unknown, empty, all taken down or half-written.
             ValueError: the global batch does not divide.
         """
         self.config = config
         self.dataset = dataset
         self.codec = open_codec(config, dataset)
-        split = dataset.split(config.data.split)
-        reader = SampleReader(
-            dataset, split, labels=config.data.text == "label", num_open_shards=max(2 * config.data.shuffle_window_shards, _EVAL_OPEN_SHARDS)
-        )
-        self.order = SampleOrder(split.counts, seed=config.seed, window=config.data.shuffle_window_shards)
+        split, window = dataset.split(config.data.split), config.data.shuffle_window_shards
+        num_open_shards = max(_WINDOWS_AHEAD * window, _EVAL_OPEN_SHARDS)
+        reader = SampleReader(dataset, split, labels=config.data.text == "label", num_open_shards=num_open_shards)
+        self.order = LiveOrder(SampleOrder(split.counts, seed=config.seed, window=window), split.excluded)
         self.plan = BatchPlan(
             global_batch_size=config.data.global_batch_size,
             dp_degree=dp_degree,
@@ -91,8 +97,13 @@ class TrainLoader:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the split: the length of an epoch."""
+        """The length of an epoch: samples of the split, with those that another one stands in for."""
         return self.order.num_samples
+
+    @property
+    def num_excluded(self) -> int:
+        """Samples of the split that were taken down."""
+        return self.order.num_excluded
 
     def micro_batch(self, step: int, number: int) -> Batch:
         """Micro-batch `number` of `step`, read now, in this thread: nothing of the iteration changes."""
@@ -117,19 +128,20 @@ class TrainLoader:
         self._first_step = step
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint taken before `step` must hold, JSON-able: samples seen by source, and which manifest they came from."""
+        """What a checkpoint taken before `step` must hold, JSON-able: samples seen by source, from which manifest, under which takedown."""
         manifest = self.dataset.manifest
         return {
             "samples_seen": {self.config.data.split: self.plan.samples_seen(step)},
             "generation": manifest.generation,
             "manifest_sha256": self.dataset.fingerprint,
+            "takedown": self.dataset.tombstones.number,
         }
 
     def load_state(self, state: Mapping[str, Any], step: int) -> None:
         """Goes on at `step` with the first sample not seen, also when the global batch size has changed since.
 
         Raises:
-            UserError: the state is of another split or generation.
+            UserError: the state is of another split or generation, or knows a takedown that the data set has lost.
         """
         split, seen = self.config.data.split, state["samples_seen"]
         if split not in seen or state["manifest_sha256"] != self.dataset.fingerprint:
@@ -139,6 +151,7 @@ class TrainLoader:
                 expected=f"split {', '.join(map(repr, seen))} of {self._describe(state['generation'], state['manifest_sha256'])}",
                 fix=f"set data.path, data.split and data.generation={state['generation']} to the checkpoint's, or start a new run",
             )
+        self._report_takedowns(state.get("takedown", 0))
         origin = seen[split] - step * self.plan.global_batch_size
         self.plan = BatchPlan(
             global_batch_size=self.plan.global_batch_size,
@@ -163,6 +176,21 @@ class TrainLoader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _report_takedowns(self, before: int) -> None:
+        now = self.dataset.tombstones.number
+        if now < before:
+            raise UserError(
+                "the checkpoint was trained under a takedown that the data set no longer has: its samples would come back",
+                got=f"{now or 'no'} takedowns in {self.dataset.storage.url}/tombstones",
+                expected=f"at least {before}",
+                fix="restore tombstones/ from where the data set was copied",
+            )
+        if now > before:
+            logger.info(
+                "takedown %d is in force now (%s when the checkpoint was saved): %d of %d samples of split %r are excluded, others stand in for them",
+                *(now, before or "none", self.num_excluded, self.num_samples, self.config.data.split),
+            )
+
     @staticmethod
     def _describe(generation: int, fingerprint: str) -> str:
         return f"generation {generation} (manifest {fingerprint[:12]})"
@@ -174,7 +202,8 @@ class TrainLoader:
 
     def _prepare(self, step: int, number: int) -> _Prepared:
         positions = self.plan.positions(step, dp_rank=self._dp_rank, micro_batch=number)
-        samples = self._source.fetch(self.order.locate(positions))
+        ahead = self.order.order.shards_from(int(positions[0]), _WINDOWS_AHEAD)
+        samples = self._source.fetch(self.order.locate(positions), ahead=ahead.tolist())
         if samples.images is not None and self.config.data.flip_lr:
             _flip(samples.images, self.config.seed, positions)
         noise = NoiseSettings(seed=self.config.seed, sigma=self._sigma(step), train=True)
@@ -199,6 +228,7 @@ class TrainLoader:
 class EvalLoader:
     """The first N held-out samples in a fixed order, dealt to the data-parallel ranks: each sample once, none left out.
 
+    Samples that were taken down are passed over; the others keep their places and with them their noise.
     Every rank gets the same number of batches (`num_batches`), so that ranks stay in step; their sizes differ by at most
     one from each other, between ranks too. Noise depends on `eval.seed` and on the sample's place in the fixed order only. Iterating
     again gives the same batches again.
@@ -227,8 +257,9 @@ class EvalLoader:
         self.dataset = dataset
         self.codec = open_codec(config, dataset)
         split = dataset.split(config.data.eval_split)
-        limit = config.eval.num_examples
-        self.num_examples = split.num_samples if limit is None else min(limit, split.num_samples)
+        self._order = _eval_order(split)
+        self._positions = self._order.live_positions(config.eval.num_examples)
+        self.num_examples = len(self._positions)
         """N, over all ranks."""
         if self.num_examples < dp_degree:
             raise UserError(
@@ -239,7 +270,6 @@ class EvalLoader:
             )
         reader = SampleReader(dataset, split, labels=config.data.text == "label", num_open_shards=_EVAL_OPEN_SHARDS)
         self._source = SampleSource(reader, self.codec, config.model.text, with_images=needs_image)
-        self._order = _eval_order(split.counts)
         shares = split_evenly(self.num_examples, dp_degree)
         # As many as the largest share needs, but none empty: with batch_size=1 and unequal shares some batches hold two.
         self.num_batches = min(-(-int(np.diff(shares).max()) // config.eval.batch_size), int(np.diff(shares).min()))
@@ -255,7 +285,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         noise = NoiseSettings(seed=self.config.eval.seed, sigma=self._sigma, train=False)
         for start, stop in zip(self._bounds[:-1].tolist(), self._bounds[1:].tolist(), strict=True):
-            positions = np.arange(start, stop, dtype=np.int64)
+            positions = self._positions[start:stop]
             samples = self._source.fetch(self._order.locate(positions))
             text_first = None if self._text_first is None else torch.full((len(positions),), self._text_first)
             yield _batch(self.config.model, positions, samples, noise, text_first=text_first, score_all=True)
@@ -291,14 +321,16 @@ def first_samples(config: RunConfig, dataset: Dataset, num: int) -> list[Sample]
     split = dataset.split(config.data.eval_split)
     reader = SampleReader(dataset, split, labels=config.data.text == "label", num_open_shards=_EVAL_OPEN_SHARDS)
     try:
-        located = _eval_order(split.counts).locate(np.arange(min(num, split.num_samples)))
+        order = _eval_order(split)
+        located = order.locate(order.live_positions(num))
+        reader.prefetch(np.unique(located.shard).tolist())
         return [reader.read(shard, member) for shard, member in zip(located.shard.tolist(), located.member.tolist(), strict=True)]
     finally:
         reader.close()
 
 
-def _eval_order(counts: Int64Array) -> SampleOrder:
-    return SampleOrder(counts, seed=_EVAL_ORDER_SEED, window=_EVAL_OPEN_SHARDS)
+def _eval_order(split: DatasetSplit) -> LiveOrder:
+    return LiveOrder(SampleOrder(split.counts, seed=_EVAL_ORDER_SEED, window=_EVAL_OPEN_SHARDS), split.excluded)
 
 
 def _flip(images: npt.NDArray[np.uint8], seed: int, positions: Int64Array) -> None:

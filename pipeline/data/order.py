@@ -131,6 +131,33 @@ class SampleOrder:
             positions[chosen] = number * self.num_samples + start + permute(local, size=size, keys=keys, inverse=True)
         return positions
 
+    def window_bounds(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """First global position, and number of samples, of the shuffle window that each position lies in (int64 [N] each)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epoch, rank = np.divmod(positions, self.num_samples)
+        starts, sizes = np.empty_like(rank), np.empty_like(rank)
+        for number in np.unique(epoch):
+            chosen = epoch == number
+            layout = self._layout(int(number))
+            place = np.searchsorted(layout.starts, rank[chosen], side="right") - 1
+            start, sizes[chosen], _ = self._window_of(layout, place)
+            starts[chosen] = number * self.num_samples + start
+        return starts, sizes
+
+    def shards_from(self, position: int, num_windows: int) -> Int64Array:
+        """The shards of the window that holds `position` and of the `num_windows - 1` after it, in reading order; one may occur twice."""
+        epoch, rank = divmod(position, self.num_samples)
+        layout = self._layout(epoch)
+        first = (int(np.searchsorted(layout.starts, rank, side="right")) - 1) // self.window
+        found = []
+        for _ in range(num_windows):
+            if first * self.window >= len(self.counts):
+                epoch, first = epoch + 1, 0
+                layout = self._layout(epoch)
+            found.append(layout.shards[first * self.window : (first + 1) * self.window])
+            first += 1
+        return np.concatenate(found)
+
     def _locate_in_epoch(self, epoch: int, rank: Int64Array) -> tuple[Int64Array, Int64Array]:
         layout = self._layout(epoch)
         place = np.searchsorted(layout.starts, rank, side="right") - 1

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class SampleReader:
         image = dataset.manifest.image
         self.image_shape = (image.resolution, image.resolution, image.channels)
         self._extension = image.extension
+        self._crop = image.resize_mode == "keep_ratio"
         self._cache = ShardCache(dataset.storage, capacity=num_open_shards, folder=cache_folder)
         self._lock = threading.Lock()
 
@@ -66,8 +68,13 @@ class SampleReader:
         key = opened.index.keys[member].decode()
         where = f"{self.dataset.storage.url}, shard {opened.info.name}, sample {key}"
         text = _label(members[-1], where) if self.labels else members[-1].decode("utf-8", errors="replace")
-        image = decode_image(members[0], self._extension, self.image_shape, where) if with_image else None
+        image = decode_image(members[0], self._extension, self.image_shape, where, crop=self._crop) if with_image else None
         return Sample(opened.info.name, key, image, text)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Says which shards of the split are read now and next, so that remote ones are fetched while others are used."""
+        with self._lock:
+            self._cache.prefetch([self.split.shards[shard] for shard in dict.fromkeys(shards)])
 
     def key(self, shard: int, member: int) -> str:
         """The sample's key, from the index alone."""
@@ -94,14 +101,18 @@ class SampleReader:
                     f"{self.dataset.storage.url}, shard {opened.info.name}, sample {index.keys[member].decode()}: its {MEMBERS[kind]} is damaged",
                     got=f"{len(content)} bytes with xxh3 {xxhash.xxh3_64_intdigest(content):016x}",
                     expected=f"{sizes[kind]} bytes with xxh3 {int(index.xxh3[member, kind]):016x}",
-                    fix="`jetway verify` lists all damage; restore the shard, or delete it and run the same `jetway prep` again",
+                    fix="`jetway verify` lists all damage; restore the shard, or leave this sample out with "
+                    f"`jetway takedown {self.dataset.storage.url} --key {index.keys[member].decode()}` and resume",
                 )
             contents.append(content)
         return contents
 
 
-def decode_image(data: bytes, extension: str, shape: tuple[int, int, int], where: str) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, extension: str, shape: tuple[int, int, int], where: str, *, crop: bool = False) -> npt.NDArray[np.uint8]:
     """Pixels of a PNG, JPEG or WebP file, uint8 [H, W, channels].
+
+    Args:
+        crop: the shorter side of the file is that of `shape`, a square, which is cut out of the middle (`resize_mode` keep_ratio)
 
     Raises:
         UserError: it does not decode, or has another shape.
@@ -118,11 +129,15 @@ def decode_image(data: bytes, extension: str, shape: tuple[int, int, int], where
     except (ValueError, OSError, SyntaxError) as error:
         raise UserError(f"{where}: the image does not decode", got=error, fix="prepare the data set again with `jetway prep`") from error
     pixels = pixels.reshape(*pixels.shape[:2], -1)
+    found = pixels.shape
+    if crop and min(found[:2]) == shape[0]:
+        top, left = (found[0] - shape[0]) // 2, (found[1] - shape[1]) // 2
+        pixels = pixels[top : top + shape[0], left : left + shape[1]]
     if pixels.shape != shape:
         raise UserError(
             f"{where}: the image is not what the manifest says",
-            got=f"{pixels.shape} (height, width, channels)",
-            expected=shape,
+            got=f"{found} (height, width, channels)",
+            expected=f"{shape}, or more on the longer side" if crop else shape,
             fix="prepare the data set again with `jetway prep`",
         )
     return pixels

@@ -1,5 +1,6 @@
 """Encoded samples by (shard, member): from the shards, or from memory where the whole split is small."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,22 +44,27 @@ class SampleSource:
         sample_bytes = text_bytes + (int(np.prod(reader.image_shape)) if with_images else 0)
         self._table = _Table(reader, config.length, with_images) if int(counts.sum()) * sample_bytes <= cache_bytes else None
 
-    def fetch(self, located: Located) -> SampleArrays:
-        """The samples at these places, in the order asked."""
+    def fetch(self, located: Located, *, ahead: Sequence[int] = ()) -> SampleArrays:
+        """The samples at these places, in the order asked.
+
+        Args:
+            ahead: shards that will be read next, in this order; fetched in the background where anything has to be read at all
+        """
         if self._table is None:
-            return self._read(located.shard, located.member)
+            return self._read(located.shard, located.member, ahead)
         rows = self._firsts[located.shard] + located.member
         missing = np.unique(rows[~self._table.filled[rows]])
         if len(missing):
             shard = np.searchsorted(self._firsts, missing, side="right") - 1
-            self._table.put(missing, self._read(shard, missing - self._firsts[shard]))
+            self._table.put(missing, self._read(shard, missing - self._firsts[shard], ahead))
         return self._table.get(rows)
 
     def close(self) -> None:
         """Closes the reader."""
         self.reader.close()
 
-    def _read(self, shard: Int64Array, member: Int64Array) -> SampleArrays:
+    def _read(self, shard: Int64Array, member: Int64Array, ahead: Sequence[int]) -> SampleArrays:
+        self.reader.prefetch([*np.unique(shard).tolist(), *ahead])
         places = list(zip(shard.tolist(), member.tolist(), strict=True))
         # Read in file order: neighbours in a shard share pages, and a batch across two windows opens each shard once.
         samples = {place: self.reader.read(*place, with_image=self._with_images) for place in sorted(set(places))}

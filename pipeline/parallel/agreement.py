@@ -7,6 +7,7 @@ from typing import TypeVar
 from configs.errors import UserError
 from pipeline.checkpoint.ranks import Ranks
 from pipeline.config import RunConfig
+from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.parallel.environment import ProcessEnvironment
 from pipeline.parallel.layout import Layout, setup_layout, teardown_layout
 
@@ -35,6 +36,18 @@ def together(layout: Layout, action: Callable[[], T]) -> T:
     if messages:
         raise SharedUserError(messages[0])
     return result  # type: ignore[return-value]  # it ran without an error
+
+
+def open_dataset_together(layout: Layout, path: str, generation: int | None) -> Dataset:
+    """The data set as rank 0 finds it, on every rank: same generation, same takedowns, whatever is published meanwhile. Collective.
+
+    Raises:
+        SharedUserError: it cannot be opened.
+    """
+    ranks = Ranks(layout.control_group)
+    mine = together(layout, lambda: open_dataset(path, generation) if ranks.is_first else None)
+    found = ranks.broadcast(None if mine is None else (mine.manifest.generation, mine.tombstones.number))
+    return together(layout, lambda: mine or open_dataset(path, *(found or (generation, None))))
 
 
 @contextlib.contextmanager
