@@ -27,6 +27,7 @@ from data_prep.schema import (
     tar_path,
 )
 from data_prep.storage import open_storage
+from data_prep.tombstones import Hits, TombstoneFile, numbers, tombstones_path
 from model.config import DecoderConfig, FlowConfig, GmmConfig, ImageConfig, JetFormerConfig, TextConfig
 from pipeline.config import DataConfig, EvalConfig, RunConfig
 
@@ -83,10 +84,16 @@ WriteDataset = Callable[..., Written]
 
 @pytest.fixture(scope="session")
 def write_dataset(tokenizer_model: bytes, num_pieces: int) -> WriteDataset:
-    """write_dataset(path, train=(7, 5, 9), heldout=(6,), channels=1, extension="png") -> Written."""
+    """write_dataset(path, train=(7, 5, 9), heldout=(6,), channels=1, extension="png", shape=(8, 8)) -> Written."""
 
     def write(
-        path: Path, *, train: tuple[int, ...] = (7, 5, 9), heldout: tuple[int, ...] = (6,), channels: int = 1, extension: str = "png"
+        path: Path,
+        *,
+        train: tuple[int, ...] = (7, 5, 9),
+        heldout: tuple[int, ...] = (6,),
+        channels: int = 1,
+        extension: str = "png",
+        shape: tuple[int, int] = (RESOLUTION, RESOLUTION),
     ) -> Written:
         storage = open_storage(path)
         rng = np.random.default_rng(0)
@@ -99,10 +106,10 @@ def write_dataset(tokenizer_model: bytes, num_pieces: int) -> WriteDataset:
                 samples = []
                 for member in range(count):
                     place, number = (name, member), len(written.keys)
-                    pixels = rng.integers(0, 256, (RESOLUTION, RESOLUTION, channels), dtype=np.uint8)
+                    pixels = rng.integers(0, 256, (*shape, channels), dtype=np.uint8)
                     written.images[place], written.captions[place] = pixels, caption_of(number)
                     written.keys[place] = f"{number:08x}"
-                    contents = (_encode(pixels, extension), caption_of(number).encode(), json.dumps({"label": number % 10}).encode())
+                    contents = (encode(pixels, extension), caption_of(number).encode(), json.dumps({"label": number % 10}).encode())
                     samples.append((written.keys[place], contents))
                 infos.append(_write_shard(storage, name, samples, extension))
             splits[split] = Split(num_samples=sum(counts), shards=tuple(infos))
@@ -135,6 +142,16 @@ def intact(write_dataset: WriteDataset, tmp_path_factory: pytest.TempPathFactory
     return write_dataset(tmp_path_factory.mktemp("intact") / "data")
 
 
+def take_down(path: Path, **rows: list[int]) -> int:
+    """Writes the next takedown, of these rows of these shards (train_000001=[3]); returns its number."""
+    storage = open_storage(path)
+    number = len(numbers(storage)) + 1
+    shards = {name.replace("_", "-"): Hits(rows=tuple(found), keys=tuple(map(str, found))) for name, found in rows.items()}
+    file = TombstoneFile(number=number, reason="test", rules_sha256="", generations=(1,), shards=shards)
+    storage.put_bytes(tombstones_path(number), file.to_bytes())
+    return number
+
+
 @pytest.fixture
 def make_config(num_pieces: int) -> Callable[..., RunConfig]:
     """make_config(path, channels=1, model_text={...}, evaluation={...}, seed=11, **data fields): a run whose model fits the data set."""
@@ -153,7 +170,8 @@ def make_config(num_pieces: int) -> Callable[..., RunConfig]:
     return make
 
 
-def _encode(pixels: np.ndarray, extension: str) -> bytes:
+def encode(pixels: np.ndarray, extension: str) -> bytes:
+    """Bytes of an image file."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     image.save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **({"lossless": True} if extension == "webp" else {}))

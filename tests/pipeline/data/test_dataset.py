@@ -4,9 +4,11 @@ import pytest
 
 from configs.errors import UserError
 from data_prep.schema import index_path, manifest_path, tar_path
+from data_prep.tombstones import tombstones_path
 from model.config import ImageConfig, TextConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.data.reader import SampleReader
+from tests.pipeline.data.conftest import take_down
 
 
 def _refused(call, *parts: str) -> None:
@@ -126,3 +128,52 @@ def test_fingerprint_is_the_contents_and_not_the_places(intact, written, write_d
     other = write_dataset(tmp_path / "other", train=(7, 5, 8))
     prints = [open_dataset(str(data.path)).fingerprint for data in (intact, written, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_takedowns_are_read_with_the_data_set(written):
+    assert open_dataset(str(written.path)).tombstones.number == 0
+    take_down(written.path, train_000001=[0, 4])
+    take_down(written.path, train_000001=[2])
+    dataset = open_dataset(str(written.path))
+    assert dataset.tombstones.number == 2
+    split = dataset.split("train")
+    assert [rows.tolist() for rows in split.excluded] == [[], [0, 2, 4], []]
+    assert (split.num_samples, split.num_excluded) == (21, 3)
+    assert dataset.split("heldout").num_excluded == 0
+    assert open_dataset(str(written.path), takedown=1).split("train").num_excluded == 2
+    assert dataset.fingerprint == open_dataset(str(written.path), takedown=0).fingerprint, "the generation is the same"
+
+
+def test_a_split_that_was_taken_down_whole_is_refused(written):
+    take_down(written.path, heldout_000000=list(range(6)))
+    _refused(lambda: open_dataset(str(written.path)).split("heldout"), "every sample of split 'heldout'", "takedown 1")
+    open_dataset(str(written.path)).split("train")
+
+
+def test_a_shard_whose_samples_were_all_taken_down_may_be_gone(written):
+    take_down(written.path, train_000001=list(range(5)))
+    (written.path / tar_path("train-000001")).unlink()
+    assert open_dataset(str(written.path)).split("train").num_excluded == 5
+
+
+def test_takedowns_of_another_data_set_are_refused(written):
+    take_down(written.path, train_000001=[5])
+    _refused(lambda: open_dataset(str(written.path)).split("train"), "do not fit", "sample 5 of train-000001")
+
+
+def test_lost_and_damaged_takedowns_are_refused(written):
+    for row in range(2):
+        take_down(written.path, train_000001=[row])
+    path = written.path / tombstones_path(1)
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
+    _refused(lambda: open_dataset(str(written.path)), "tombstones/000001.json is damaged")
+    path.unlink()
+    _refused(lambda: open_dataset(str(written.path)), "tombstones/000001.json is missing")
+
+
+def test_images_of_an_unknown_shape_are_refused(written, num_pieces):
+    path = written.path / manifest_path(1)
+    path.write_bytes(path.read_bytes().replace(b'"center_crop"', b'"hexagon"'))
+    dataset, image = open_dataset(str(written.path)), ImageConfig(resolution=8, channels=1, patch_size=4)
+    _refused(lambda: dataset.check_model(image, TextConfig(num_pieces=num_pieces), captions=True), "'hexagon'", "center_crop, keep_ratio")

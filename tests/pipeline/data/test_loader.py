@@ -9,11 +9,13 @@ import torch
 
 from configs.errors import UserError
 from data_prep.schema import ShardIndex, tar_path
+from data_prep.tombstones import tombstones_path
 from model.patchify import noise_sigma
 from pipeline.config import CurriculumConfig, RunConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import EvalLoader, TrainLoader, first_samples
 from pipeline.data.provenance import steps_of_sample
+from tests.pipeline.data.conftest import take_down
 
 
 def _open(config: RunConfig, **options) -> TrainLoader:
@@ -281,3 +283,132 @@ def test_first_samples_are_those_of_the_evaluation(intact, make_config):
         samples = first_samples(config, dataset, num)
         assert [sample.image.tobytes() for sample in samples] == [whole[position][0] for position in range(min(num, 6))]
         assert all(intact.captions[sample.shard, 0] for sample in samples)
+
+
+def _images(found: dict[int, tuple]) -> list[bytes]:
+    return [found[position][0] for position in sorted(found)]
+
+
+def test_samples_taken_down_are_replaced_and_nothing_else_changes(written, make_config, reference):
+    taken = {("train-000000", 2), ("train-000001", 0), ("train-000002", 8)}
+    take_down(written.path, train_000000=[2], train_000002=[8])
+    take_down(written.path, train_000001=[0])
+    gone = {written.images[place].tobytes() for place in taken}
+    with _open(make_config(written.path)) as loader:
+        assert (loader.num_excluded, loader.num_samples) == (3, 21)
+        found = _examples(_steps(loader, 6))
+        names = [name for step in range(6) for name in loader.which_samples(step)]
+    assert sorted(found) == sorted(reference)
+    assert {written.images[name.shard, int(name.key, 16) - _first_key(written, name.shard)].tobytes() for name in names} == set(_images(found))
+    for position, before in reference.items():
+        if before[0] in gone:
+            assert found[position][0] not in gone
+            assert found[position][4:] == before[4:], "order of the modalities and noise belong to the position"
+        else:
+            assert found[position] == before
+    assert sum(values[0] in gone for values in reference.values()) >= 9
+
+
+def _first_key(written, shard: str) -> int:
+    return int(written.keys[shard, 0], 16)
+
+
+@pytest.mark.parametrize(
+    ("dp_degree", "micro", "cache_bytes", "num_prefetch"), [(1, 3, 0, 2), (2, None, 1 << 20, 0), (3, 2, 0, 0), (12, 1, 1 << 20, 1)]
+)
+def test_replacements_are_the_same_in_every_layout(written, make_config, dp_degree, micro, cache_bytes, num_prefetch):
+    take_down(written.path, train_000000=[0, 1, 2, 3, 4, 5, 6], train_000002=[1, 3])
+    with _open(make_config(written.path)) as loader:
+        expected = _examples(_steps(loader, 6))
+    batches = []
+    for rank in range(dp_degree):
+        config = make_config(written.path, micro_batch_size=micro, num_prefetch=num_prefetch)
+        with _open(config, dp_rank=rank, dp_degree=dp_degree, cache_bytes=cache_bytes) as loader:
+            batches += _steps(loader, 6)
+    assert _examples(batches) == expected
+
+
+def test_a_resume_under_newer_takedowns_goes_on_and_says_so(written, make_config, reference, caplog):
+    with _open(make_config(written.path)) as loader:
+        state = loader.state(3)
+    assert state["takedown"] == 0
+    with caplog.at_level("INFO"), _open(make_config(written.path)) as loader:
+        loader.load_state(state, 3)
+    assert not caplog.messages
+    take_down(written.path, train_000000=[2], heldout_000000=[0])
+    take_down(written.path, train_000001=[4])
+    with caplog.at_level("INFO"), _open(make_config(written.path)) as loader:
+        loader.load_state(state, 3)
+        assert loader.state(3)["takedown"] == 2
+        found = _examples(_steps(loader, 2))
+    assert len(caplog.messages) == 1
+    assert "takedown 2 is in force now (none when the checkpoint was saved): 2 of 21 samples of split 'train' are excluded" in caplog.text
+    assert sorted(found) == list(range(36, 60))
+    assert sum(found[position] == reference[position] for position in found) >= 18
+
+
+def test_a_resume_after_takedowns_were_lost_is_refused(written, make_config):
+    number = take_down(written.path, train_000000=[2])
+    with _open(make_config(written.path)) as loader:
+        state = loader.state(3)
+    (written.path / tombstones_path(number)).unlink()
+    with _open(make_config(written.path)) as loader, pytest.raises(UserError, match=r"(?s)no longer has.*got: no takedowns.*at least 1"):
+        loader.load_state(state, 3)
+
+
+def test_a_checkpoint_from_before_there_were_takedowns_is_resumed(written, make_config):
+    with _open(make_config(written.path)) as loader:
+        state = loader.state(3)
+        del state["takedown"]
+        loader.load_state(state, 3)
+
+
+def test_a_damaged_sample_can_be_taken_down_to_go_on(written, make_config, reference):
+    dataset = open_dataset(str(written.path))
+    index = ShardIndex.load(dataset.storage, "train-000002")
+    path = written.path / tar_path("train-000002")
+    data = bytearray(path.read_bytes())
+    data[index.offsets[4, 0] + 5] ^= 1
+    path.write_bytes(data)
+    with _open(make_config(written.path)) as loader, pytest.raises(UserError, match=f"jetway takedown .* --key {written.keys['train-000002', 4]}"):
+        _steps(loader, 6)
+    take_down(written.path, train_000002=[4])
+    with _open(make_config(written.path)) as loader:
+        found = _examples(_steps(loader, 6))
+    damaged = written.images["train-000002", 4].tobytes()
+    assert {position for position in found if found[position] != reference[position]} == {
+        position for position, values in reference.items() if values[0] == damaged
+    }
+
+
+@pytest.mark.parametrize("dp_degree", [1, 2, 4])
+@pytest.mark.parametrize("limit", [None, 3, 4, 5])
+def test_evaluation_passes_over_what_was_taken_down(written, make_config, limit, dp_degree):
+    config = make_config(written.path, evaluation={"num_examples": limit, "batch_size": 2})
+    whole = _examples(EvalLoader(make_config(written.path), open_dataset(str(written.path))))
+    take_down(written.path, heldout_000000=[1, 4])
+    gone = {written.images["heldout-000000", row].tobytes() for row in (1, 4)}
+    dataset = open_dataset(str(written.path))
+    num = min(limit or 4, 4)
+    if num < dp_degree:
+        with pytest.raises(UserError, match="fewer evaluation samples"):
+            EvalLoader(config, dataset, dp_degree=dp_degree)
+        return
+    loaders = [EvalLoader(config, dataset, dp_rank=rank, dp_degree=dp_degree) for rank in range(dp_degree)]
+    found = _examples(batch for loader in loaders for batch in loader)
+    left = [position for position in sorted(whole) if whole[position][0] not in gone]
+    assert loaders[0].num_examples == num
+    assert found == {position: whole[position] for position in left[:num]}, "each once, in its own place, with its own noise"
+    samples = first_samples(config, dataset, 3)
+    assert [sample.image.tobytes() for sample in samples] == [whole[position][0] for position in left[:3]]
+
+
+def test_steps_of_a_sample_count_where_it_stands_in(written, make_config):
+    take_down(written.path, train_000000=[0, 1, 2], train_000001=[3])
+    with _open(make_config(written.path)) as loader:
+        names = {step: [name.key for name in loader.which_samples(step)] for step in range(6)}
+        for shard, count in enumerate((7, 5, 9)):
+            for member in range(count):
+                steps = steps_of_sample(loader.order, loader.plan, shard=shard, member=member, num_steps=6)
+                key = written.keys[f"train-{shard:06d}", member]
+                assert steps == [step for step in range(6) for name in names[step] if name == key]

@@ -130,3 +130,32 @@ def test_five_billion_samples_stay_a_bijection_and_uniform(counts):
 def test_impossible_orders_are_refused(counts, window, match):
     with pytest.raises(ValueError, match=match):
         SampleOrder(counts, seed=0, window=window)
+
+
+@pytest.mark.parametrize("counts", SHAPES)
+@pytest.mark.parametrize("window", [1, 2, 16])
+def test_windows_hold_what_their_positions_read(counts, window):
+    order = SampleOrder(counts, seed=7, window=window)
+    positions = np.arange(2 * order.num_samples)
+    starts, sizes = order.window_bounds(positions)
+    assert ((starts <= positions) & (positions < starts + sizes)).all()
+    for start in np.unique(starts).tolist():
+        size = int(sizes[start])
+        read = set(order.locate(np.arange(start, start + size)).shard.tolist())
+        listed = order.shards_from(start, 1).tolist()
+        assert len(listed) <= window
+        assert read <= set(listed)
+        assert sum(counts[shard] for shard in listed) == size
+
+
+def test_shards_ahead_are_those_of_the_next_windows_and_of_the_next_epoch():
+    order = SampleOrder([5, 3, 8, 1, 9], seed=0, window=2)
+    last = order.num_samples - 1
+    first_of_next = order.shards_from(order.num_samples, 1).tolist()
+    assert order.shards_from(last, 2).tolist() == [*order.shards_from(last, 1).tolist(), *first_of_next]
+    whole = order.shards_from(0, 3).tolist()
+    assert sorted(whole) == [0, 1, 2, 3, 4]
+    assert order.shards_from(0, 4).tolist() == [*whole, *first_of_next]
+    for position in range(order.num_samples):
+        ahead = order.shards_from(position, 2).tolist()
+        assert set(order.locate(np.arange(position, min(position + 3, order.num_samples))).shard.tolist()) <= set(ahead)

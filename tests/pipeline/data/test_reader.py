@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from data_prep.schema import ShardIndex, tar_path
+from data_prep.schema import ShardIndex, manifest_path, tar_path
 from pipeline.data.dataset import open_dataset
 from pipeline.data.reader import SampleReader, decode_image
+from tests.pipeline.data.conftest import encode
 
 
 def _reader(path, split="train", **options) -> SampleReader:
@@ -82,6 +83,47 @@ def test_an_image_of_another_shape_or_no_image_is_refused(intact):
         decode_image(png[:40], "png", (8, 8, 1), "sample x")
     with pytest.raises(UserError, match="sample x: the image does not decode"):
         decode_image(png, "jpg", (8, 8, 1), "sample x")
+
+
+@pytest.mark.parametrize(("extension", "channels"), [("png", 1), ("webp", 3), ("jpg", 3), ("jpg", 1)])
+@pytest.mark.parametrize("size", [(8, 8), (8, 13), (14, 8)])
+def test_a_picture_of_any_shape_gives_its_centred_square(extension, channels, size):
+    whole = np.random.default_rng(0).integers(0, 256, (*size, channels), dtype=np.uint8)
+    data = encode(whole, extension)
+    found = decode_image(data, extension, (8, 8, channels), "sample x", crop=True)
+    top, left = (size[0] - 8) // 2, (size[1] - 8) // 2
+    expected = decode_image(data, extension, (*size, channels), "sample x")[top : top + 8, left : left + 8]
+    np.testing.assert_array_equal(found, expected)
+    if size != (8, 8):
+        with pytest.raises(UserError, match=r"the image is not what"):
+            decode_image(data, extension, (8, 8, channels), "sample x")
+
+
+@pytest.mark.parametrize("size", [(7, 20), (9, 12), (20, 20)])
+def test_a_picture_whose_shorter_side_is_another_is_refused(size):
+    data = encode(np.zeros((*size, 1), dtype=np.uint8), "png")
+    with pytest.raises(UserError, match=r"(?s)sample x: the image is not what.*longer side"):
+        decode_image(data, "png", (8, 8, 1), "sample x", crop=True)
+
+
+def test_a_data_set_that_keeps_ratios_is_read_as_squares(write_dataset, tmp_path):
+    written = write_dataset(tmp_path / "data", shape=(8, 12))
+    path = written.path / manifest_path(1)
+    path.write_bytes(path.read_bytes().replace(b'"center_crop"', b'"keep_ratio"'))
+    for place, image in written.images.items():
+        if place[0] == "train-000001":
+            np.testing.assert_array_equal(_reader(written.path).read(1, place[1]).image, image[:, 2:10])
+
+
+def test_two_shards_that_changed_places_are_noticed(written):
+    first, second = (written.path / tar_path(f"train-00000{number}") for number in (0, 2))
+    content = first.read_bytes()
+    assert len(content) == len(second.read_bytes()), "else the size would tell"
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    key = written.keys["train-000000", 0]
+    with pytest.raises(UserError, match=f"shard train-000000, sample {key}: its image is damaged"):
+        _reader(written.path).read(0, 0)
 
 
 @pytest.mark.parametrize("content", [{}, {"label": "seven"}, {"label": 1.5}, []])
