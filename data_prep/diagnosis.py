@@ -164,8 +164,8 @@ def _too_many_requests(stats: PartStats, config: PrepConfig) -> Iterator[Finding
     if number >= 0.01 * stats.read:
         text = (
             f"{_of_all(number, stats)} were refused with 429, too many requests{_mostly_from(stats, 'http_429')}: "
-            f"lower download.per_host ({config.download.per_host} now), raise download.max_retry_after_s ({config.download.max_retry_after_s:g} now), "
-            "or mix the hosts by shuffling the list, and retry later"
+            f"lower download.per_host ({config.download.per_host} now) or raise download.max_retry_after_s "
+            f"({config.download.max_retry_after_s:g} now), or shuffle the list so that hosts mix, and retry later"
         )
         yield Finding(code="http-429", num_samples=number, text=text)
 
