@@ -2,22 +2,24 @@
 #   make demo    train, resume, evaluate, sample and caption with a small JetFormer on this machine
 #   make test    the default test suite (CPU only)
 #   make check   format, lint, types, architecture: seconds
-#   make bench   measurements (tests/benchmarks)
+#   make bench   measurements (tests/benchmarks); make bench-prep: data preparation against img2dataset
+#   make peers   our data sets read by webdataset, energon, datasets, Ray Data and tar, which it installs beside .venv
 #   make env     the environment in .venv, made once and again when setup.py changes
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0; a local wheel or an index of CPU builds is taken when pip knows one),
-# ARGS (more arguments for demo and test, e.g. make test ARGS="-k flow").
+# PEER_PYTHON (python3.11: img2dataset needs 3.12 or older), ARGS (more arguments for demo, test and the benches, e.g. make test ARGS="-k flow").
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+PEER_PYTHON ?= python3.11
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PACKAGES := configs data_prep launch model pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format bench clean
+.PHONY: help env demo test check format bench bench-prep peers clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -49,7 +51,18 @@ format: env
 	$(BIN)/ruff check --fix $(PACKAGES) tests setup.py
 
 bench: env
-	@set -e; for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench" $(ARGS); done
+	@echo "== engine"; $(BIN)/python -m tests.benchmarks.bench_engine $(ARGS)
+	@$(MAKE) --no-print-directory bench-prep ARGS=
+
+bench-prep: env
+	@$(PIP) install -e '.[peers]'
+	@$(BIN)/python -m tests.peers.environments --python $(PEER_PYTHON) img2dataset
+	$(BIN)/python -m tests.benchmarks.bench_prep $(ARGS)
+
+peers: env
+	@$(PIP) install -e '.[peers]'
+	@$(BIN)/python -m tests.peers.environments
+	$(BIN)/python -m pytest -m peers tests/peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,7 @@ EXTRAS = {
     "gpu": ["triton>=3.2; platform_system == 'Linux'"],
     "s3": ["s3fs>=2024.6"],
     "demo": ["scikit-learn>=1.4"],
+    "peers": ["scikit-learn>=1.4", "scikit-image>=0.22"],  # photographs for the benchmark; what would clash: tests/peers/environments.py
     "dev": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
