@@ -267,13 +267,12 @@ def _web_pages(stats: PartStats, config: PrepConfig) -> Iterator[Finding]:
     number, details = stats.dropped.get("not_an_image", 0), stats.failed_details.get("not_an_image", {})
     if number < 0.03 * stats.read:
         return
-    pages = details.get("HTML page", 0)
-    what = (
-        "web pages, not images: login forms, consent walls and notices that the picture is gone" if pages >= 0.5 * number else "no known image format"
-    )
-    text = (
-        f"{_of_all(number, stats)} are {what}{_mostly_from(stats, 'not_an_image')}. List such hosts in filters.blocked_domains to save the requests"
-    )
+    if details.get("HTML page", 0) >= 0.5 * number:
+        what = "web pages, not images: login forms, consent walls and notices that the picture is gone"
+    else:
+        what = "no images of a known format"
+    remedy = "List such hosts in filters.blocked_domains to save the requests" if stats.num_fetched else "Look at some of them: the ledger names all"
+    text = f"{_of_all(number, stats)} are {what}{_mostly_from(stats, 'not_an_image')}. {remedy}"
     yield Finding(code="web-pages", num_samples=number, text=text)
 
 

@@ -129,7 +129,8 @@ class Price:
             lines.append(("download", f"{bytes_text(self.bytes_fetched)}: {time} at {options.bandwidth_mbit:g} Mbit/s (--plan-bandwidth)"))
         else:
             lines.append(("input", bytes_text(self.bytes_in)))
-        lines.append(("compute", f"{self.core_s / 3600:,.2f} core-hours, {1000 * self.core_s / self.num_rows:.1f} ms a row"))
+        work = f"{self.core_s / 3600:,.1f} core-hours" if self.core_s >= 3600 else f"{self.core_s:.1f} core-seconds"
+        lines.append(("compute", f"{work}, {1000 * self.core_s / self.num_rows:.1f} ms a row"))
         reason = {"cpu": "bound by the CPU", "link": "bound by the link", "host": "bound by download.per_host of the largest host"}
         lines += [("", f"{duration_text(wall.seconds)} on {wall.cores:,} cores, {reason[wall.bound]}") for wall in self.wall_times]
         extra = f"{bytes_text(self.bytes_temporary)} more until the run ends"
@@ -179,12 +180,13 @@ def price(config: PrepConfig, measure: Measure, options: PriceOptions | None = N
     """
     options = options or PriceOptions()
     check_given_model(config.tokenizer)
-    total, num_tasks, task = sampled_task(config, options.num_rows)
+    total, task = sampled_task(config, options.num_rows)
     measure(replace(task, slices=task.slices[:1]))  # libraries load and connections open once: that must not be scaled up
     stats, facts, num_bytes = measure(task)
     scale = total / max(1, stats.read)
     low, high = wilson(stats.kept, stats.read) if stats.read < total else (stats.kept / max(1, stats.read),) * 2
     num_kept = round(stats.kept * scale)
+    num_tasks = -(-total // config.samples_per_shard)
     num_heldout = round(num_kept * config.heldout_permille / 1000)
     num_shards = {
         "train": -(-(num_kept - num_heldout) // config.samples_per_shard),
@@ -218,30 +220,41 @@ def price(config: PrepConfig, measure: Measure, options: PriceOptions | None = N
     return replace(found, warnings=(*_warnings(found, config), *tokenizer_warnings, *_sample_findings(stats, config)))
 
 
-def sampled_task(config: PrepConfig, num_rows: int) -> tuple[int, int, Task]:
-    """(rows of the input, tasks of its plan, a task of about `num_rows` rows spread evenly over it).
+def sampled_task(config: PrepConfig, num_rows: int) -> tuple[int, Task]:
+    """(rows of the input, a task of about `num_rows` rows spread evenly over it).
 
-    One row at a random place in each of `num_rows` equal stretches, the same every time: rows at equal distances could all be of one kind
-    where a list alternates. Readers can start only where a slice does, so an input of few slices is planned once more with smaller ones.
+    One row at a random place in each of `num_rows` equal stretches, the same every time. Readers can start only where a slice does, so
+    the input is planned with slices much smaller than a stretch, and of a prime number of rows: where a list alternates, all beginnings
+    of slices of, say, twelve rows could be of one kind.
     """
-    plan = make_plan(config)
-    total, num_tasks, tasks = plan.num_samples, len(plan.tasks), plan.tasks
+
+    def slices(size: int) -> list[Slice]:
+        plan = make_plan(replace(config, samples_per_shard=_prime_up_to(size)))
+        return [part for task in plan.tasks for part in task.slices]
+
+    parts = slices(config.samples_per_shard)
+    total = sum(part.count for part in parts)
     num_rows = min(num_rows, total)
     stretch = total / num_rows
-    if (size := max(1, int(stretch / PLACES))) < config.samples_per_shard:
-        tasks = make_plan(replace(config, samples_per_shard=size)).tasks
+    if stretch / PLACES < config.samples_per_shard:
+        parts = slices(int(stretch / PLACES))
     chance = random.Random(0)
     targets = iter([int((number + chance.random()) * stretch) for number in range(num_rows)])
     chosen: list[Slice] = []
     begin, target = 0, next(targets, total)
-    for part in (part for task in tasks for part in task.slices):
+    for part in parts:
         wanted = 0
         while target < begin + part.count:
             target, wanted = next(targets, total), wanted + 1
         begin += part.count
         if wanted := min(wanted, part.count):
             chosen.append(replace(part, count=wanted, names=part.names[:wanted]))
-    return total, num_tasks, Task(number=0, first_sample=0, slices=tuple(chosen))
+    return total, Task(number=0, first_sample=0, slices=tuple(chosen))
+
+
+def _prime_up_to(number: int) -> int:
+    """The largest prime that is not larger; 1 where there is none."""
+    return next((n for n in range(number, 1, -1) if all(n % factor for factor in range(2, math.isqrt(n) + 1))), 1)
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from configs.errors import UserError
 from data_prep.config import DedupConfig, ImageConfig, PrepConfig, TokenizerConfig
 from data_prep.metadata import Facts
-from data_prep.plan import READERS, Task, make_plan
+from data_prep.plan import READERS, Task
 from data_prep.pricing import MIN_FINDING, PriceOptions, add_options, options_of, price, sampled_task, wilson
 from data_prep.run_stats import PartCollector, PartStats
 from data_prep.tokenizer import train
@@ -118,20 +119,28 @@ def test_all_rows_measured_leave_no_doubt(table: Path) -> None:
 @pytest.mark.parametrize("num_rows", [1, 10, 39, 120])
 def test_the_sample_is_spread_evenly_whatever_the_tasks(table: Path, samples_per_shard: int, num_rows: int) -> None:
     config = config_of(table, samples_per_shard=samples_per_shard)
-    total, num_tasks, task = sampled_task(config, num_rows)
+    total, task = sampled_task(config, num_rows)
     assert total == 120
-    assert num_tasks == len(make_plan(config).tasks)
     sources = [raw.source for part in task.slices for raw in READERS[part.kind].read(part, config)]
     rows = [int(source.split("#")[1]) for source in sources]
     assert len(set(rows)) == len(rows) == num_rows
     by_third = Counter(row // 40 for row in rows)
     assert num_rows < 10 or max(by_third.values()) - min(by_third[i] for i in range(3)) <= 3
-    assert sampled_task(config, num_rows) == (total, num_tasks, task), "the same sample every time"
+    assert sampled_task(config, num_rows) == (total, task), "the same sample every time"
+
+
+@pytest.mark.parametrize("period", [2, 4, 10, 12, 25])
+def test_a_list_that_alternates_does_not_deceive(tmp_path: Path, period: int) -> None:
+    rows = 20_000
+    (tmp_path / "list.jsonl").write_text("".join(f'{{"image": "{i}.png", "caption": "a"}}\n' for i in range(rows)))
+    _, task = sampled_task(config_of(tmp_path / "list.jsonl", samples_per_shard=1000), 200)
+    phases = Counter(part.start % period for part in task.slices)
+    assert max(phases.values()) < 200 / period + 5 * math.sqrt(200 / period)
 
 
 def test_folders_are_sampled_over_their_whole_length(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     config = config_of(make_folder(30), output=str(tmp_path / "out"), samples_per_shard=1000)
-    _, _, task = sampled_task(config, 3)
+    _, task = sampled_task(config, 3)
     numbers = [int(name[1:4]) for part in task.slices for name in part.names]
     assert [number // 10 for number in numbers] == [0, 1, 2]
 
@@ -160,7 +169,7 @@ def test_warnings_say_what_will_disappoint(table: Path) -> None:
     assert any("held-out split may be empty" in text for text in warnings)
     assert any("hardly support tokenizer.vocab_size=32,000" in text for text in warnings)
     assert any("duplicates show only in the whole" in text for text in warnings)
-    assert any("no known image format" in text for text in warnings), "15 of 60 are no pictures"
+    assert any("no images of a known format" in text for text in warnings), "15 of 60 are no pictures"
     assert MIN_FINDING <= 15
     silent = replace(config, tokenizer=TokenizerConfig(vocab_size=20), dedup=DedupConfig())
     assert any("larger tokenizer.vocab_size" in text for text in price(silent, measure_with(silent), PriceOptions(num_rows=60)).warnings)
@@ -206,11 +215,9 @@ def test_options_come_from_the_command_line() -> None:
 
 def test_wilson_interval_covers_the_truth_as_often_as_promised() -> None:
     """Exact coverage by the binomial distribution, for shares from rare to common."""
-    from math import comb
-
     for truth in (0.02, 0.3, 0.5, 0.9):
         trials = 200
-        chance = [comb(trials, k) * truth**k * (1 - truth) ** (trials - k) for k in range(trials + 1)]
+        chance = [math.comb(trials, k) * truth**k * (1 - truth) ** (trials - k) for k in range(trials + 1)]
         covered = sum(p for k, p in enumerate(chance) if wilson(k, trials)[0] <= truth <= wilson(k, trials)[1])
         assert 0.93 < covered < 0.98
     assert wilson(0, 0) == (0, 1)
