@@ -36,6 +36,17 @@ MEMBERS = ("image", "txt", "json")
 TOKENIZER_FILE = "tokenizer.model"
 
 
+def shard_name(split: str, number: int, generation: int = 1) -> str:
+    """Name of shard `number` that `generation` adds to a split: `train-000000` in the first, `train-g0002-000000` in a later one."""
+    return f"{split}-{number:06d}" if generation == 1 else f"{split}-g{generation:04d}-{number:06d}"
+
+
+def generation_of(shard: str) -> int:
+    """The generation that wrote the shard of this name."""
+    parts = shard.split("-")
+    return int(parts[1][1:]) if len(parts) == 3 and parts[1][:1] == "g" and parts[1][1:].isdecimal() else 1
+
+
 def tar_path(shard: str, folder: str = "shards") -> str:
     """Path of a shard's tar inside the data set."""
     return f"{folder}/{shard}.tar"
@@ -281,7 +292,8 @@ class Manifest:
                 raise UserError(f"{storage.url} holds a half-written data set", expected=expected, fix=fix)
             raise UserError(f"{storage.url} holds no data set", expected=expected, fix="write one with `jetway prep --input PATH --output DIR`")
         if generation is not None and generation not in found:
-            raise UserError(f"{storage.url} has no generation {generation}", expected=f"one of {', '.join(map(str, found))}")
+            fix = "choose one of these; `jetway generations` lists them (older ones may have been deleted after a compaction)"
+            raise UserError(f"{storage.url} has no generation {generation}", expected=f"one of {', '.join(map(str, found))}", fix=fix)
         path = manifest_path(found[-1] if generation is None else generation)
         try:
             return cls.from_bytes(storage.read_bytes(path))
