@@ -57,7 +57,7 @@ def run_tasks(function: Callable[..., Result], arguments: Sequence[tuple[Any, ..
     import ray
 
     remote = ray.remote(num_cpus=1, max_retries=3)(function)
-    window = config.max_in_flight or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    window = config.max_in_flight or 2 * num_slots()
     waiting = iter(arguments)
     in_flight: dict[Any, int] = {}
     submitted = 0
@@ -84,6 +84,13 @@ def run_tasks(function: Callable[..., Result], arguments: Sequence[tuple[Any, ..
     finally:
         for reference in in_flight:
             ray.cancel(reference, force=True)
+
+
+def num_slots() -> int:
+    """How many tasks the connected cluster runs at once: its CPUs, at least 1."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def _usable_cpus() -> int:

@@ -1,23 +1,50 @@
-"""Storage: whole objects or none, on a local folder and on an S3 server."""
+"""Storage: whole objects or none, on a local folder and on an S3 server, by either client."""
 
+import errno
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.errors import UserError
 from data_prep.storage import LocalStorage, ObjectStorage, Storage, open_storage
+from data_prep.storage.clients import FsspecClient
+from data_prep.storage.s3 import S3Client
+from tests.data_prep.s3_proxy import S3Proxy, own_authority, s3_proxy, times
+
+MIB = 2**20
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "obstore", "s3fs", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return open_storage(tmp_path / "set")
-    return open_storage(f"{request.getfixturevalue('s3_url')}/{tmp_path.name}")
+    if request.param == "memory":
+        return open_storage(f"memory://{tmp_path.name}")
+    url = f"{request.getfixturevalue('s3_url')}/{tmp_path.name}"
+    return ObjectStorage(url, use_obstore=request.param == "obstore")
+
+
+@pytest.fixture(params=["obstore", "s3fs"])
+def faulty(request: pytest.FixtureRequest, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectStorage, S3Proxy]]:
+    """A storage with parts of 5 MiB, and the proxy through which it reaches the S3 server."""
+    with s3_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield ObjectStorage(f"{s3_url}/{tmp_path.name}", part_bytes=5 * MIB, use_obstore=request.param == "obstore"), proxy
+
+
+def unfinished_uploads() -> list[str]:
+    import boto3
+
+    return [upload["Key"] for upload in boto3.client("s3").list_multipart_uploads(Bucket="bucket").get("Uploads", [])]
 
 
 def test_what_is_put_is_read_whole_and_in_ranges(storage: Storage) -> None:
@@ -25,6 +52,7 @@ def test_what_is_put_is_read_whole_and_in_ranges(storage: Storage) -> None:
     assert storage.read_bytes("shards/a.tar") == b"0123456789"
     assert storage.read_range("shards/a.tar", 3, 4) == b"3456"
     assert storage.read_range("shards/a.tar", 8, 10) == b"89"
+    assert storage.read_range("shards/a.tar", 50, 10) == b""
     assert storage.read_range("shards/a.tar", 2, 0) == b""
     assert storage.size("shards/a.tar") == 10
     assert storage.exists("shards/a.tar")
@@ -42,6 +70,68 @@ def test_listing_is_sorted_by_prefix_and_sees_new_objects(storage: Storage) -> N
     storage.delete("shards/a")
     storage.delete("shards/a")
     assert storage.list("shards/") == ["shards/b"]
+
+
+def test_many_are_deleted_at_once(storage: Storage) -> None:
+    for number in range(5):
+        storage.put_bytes(f"parts/{number}", b"x")
+    storage.delete_many(f"parts/{number}" for number in (0, 2, 3, 7))
+    storage.delete_many([])
+    assert storage.list() == ["parts/1", "parts/4"]
+
+
+def test_unusual_names_are_kept(storage: Storage) -> None:
+    names = ["a b", "a+b", "50%", "50%25", "ü/é", "a#b?c&d=e", "~x"]
+    for name in names:
+        storage.put_bytes(name, name.encode())
+    assert storage.list() == sorted(names)
+    assert [storage.read_bytes(name).decode() for name in names] == names
+
+
+def test_only_the_first_put_new_counts(storage: Storage) -> None:
+    assert storage.put_new("leases/1", b"first") is True
+    assert storage.put_new("leases/1", b"second") is False
+    assert storage.read_bytes("leases/1") == b"first"
+    storage.delete("leases/1")
+    assert storage.put_new("leases/1", b"third") is True
+    assert storage.list() == ["leases/1"]
+
+
+@pytest.mark.parametrize("kind", ["local", "obstore", "s3fs"])
+def test_of_many_writers_at_once_one_wins(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    def writer(number: int) -> Storage:
+        if kind == "local":
+            return LocalStorage(tmp_path / "set")
+        return ObjectStorage(f"{request.getfixturevalue('s3_url')}/{tmp_path.name}", use_obstore=kind == "obstore")
+
+    writers = [writer(number) for number in range(8)]
+    with ThreadPoolExecutor(len(writers)) as pool:
+        for turn in range(5):
+            won = list(pool.map(lambda number, path=f"turn/{turn}": writers[number].put_new(path, b"%d" % number), range(len(writers))))
+            assert won.count(True) == 1
+            assert writers[0].read_bytes(f"turn/{turn}") == b"%d" % won.index(True)
+
+
+def test_put_new_whose_reply_is_lost_knows_its_own_object(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        storage = ObjectStorage(f"{s3_url}/{tmp_path.name}")
+        for data, expected in ((b"mine", True), (b"other", False)):
+            proxy.hook = times(1, "lose_reply", lambda method, path, query: method == "PUT")
+            assert storage.put_new("a", data) is expected
+        assert storage.read_bytes("a") == b"mine"
+
+
+def test_put_new_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    storage = LocalStorage(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: storage.put_new("a", b"%d" % number), range(8)))
+    assert won.count(True) == 1
+    assert storage.read_bytes("a") == b"%d" % won.index(True)
 
 
 def test_put_replaces(storage: Storage) -> None:
@@ -85,6 +175,124 @@ def test_local_unfinished_files_are_never_listed(tmp_path: Path) -> None:
     assert storage.list() == ["a"]
     storage.clear_scratch()
     assert os.listdir(tmp_path) == ["a"]
+
+
+def large_file(folder: Path) -> Path:
+    path = folder / "large"
+    path.write_bytes(bytes(range(256)) * (12 * MIB // 256))
+    return path
+
+
+@pytest.mark.parametrize("how", ["file", "bytes"])
+def test_a_failed_part_leaves_neither_object_nor_upload(faulty: tuple[ObjectStorage, S3Proxy], tmp_path: Path, how: str) -> None:
+    storage, proxy = faulty
+    local = large_file(tmp_path)
+
+    def put() -> None:
+        if how == "file":
+            storage.put_file(local, "shards/a.tar")
+        else:
+            storage.put_bytes("shards/a.tar", local.read_bytes())
+
+    proxy.hook = times(1000, (400, "InvalidRequest"), lambda method, path, query: query.get("partNumber") == "2")
+    with pytest.raises(UserError, match="cannot use s3://"):
+        put()
+    assert storage.list() == []
+    assert unfinished_uploads() == []
+    proxy.hook = times(0, "pass", lambda *_: False)
+    put()
+    assert storage.read_bytes("shards/a.tar") == local.read_bytes()
+    assert unfinished_uploads() == []
+
+
+@pytest.mark.parametrize("verdict", [(503, "SlowDown"), (500, "InternalError"), "reset"], ids=str)
+def test_what_can_heal_is_tried_again(faulty: tuple[ObjectStorage, S3Proxy], tmp_path: Path, verdict: Any) -> None:
+    storage, proxy = faulty
+    local = large_file(tmp_path)
+    uses = {
+        "put": lambda: storage.put_bytes("a", b"small"),
+        "put_new": lambda: storage.put_new("b", b"small"),
+        "put_file": lambda: storage.put_file(local, "large"),
+        "read": lambda: storage.read_bytes("large"),
+        "list": storage.list,
+        "delete": lambda: storage.delete("a"),
+    }
+    for name, use in uses.items():
+        proxy.hook = times(1, verdict, lambda method, path, query: method != "HEAD" and query.get("partNumber", "2") == "2")
+        proxy.seen.clear()
+        use()
+        assert len(proxy.seen) >= 2, f"{name} met no fault"
+    assert storage.list() == ["b", "large"]
+    assert storage.read_bytes("large") == local.read_bytes()
+
+
+def test_what_a_killed_upload_left_is_cleared(s3_url: str, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    mine, other = f"some/set/{tmp_path.name}", f"some/set/{tmp_path.name}-other"
+    uploads = {
+        key: client.create_multipart_upload(Bucket="bucket", Key=key)["UploadId"] for key in (f"{mine}/shards/a.tar", f"{mine}/b", f"{other}/c")
+    }
+    storage = open_storage(f"{s3_url}/{tmp_path.name}")
+    storage.put_bytes("kept", b"x")
+    storage.clear_scratch()
+    assert unfinished_uploads() == [f"{other}/c"]
+    assert storage.list() == ["kept"]
+    client.abort_multipart_upload(Bucket="bucket", Key=f"{other}/c", UploadId=uploads[f"{other}/c"])
+
+
+def test_s3_goes_through_obstore_unless_only_s3fs_understands_the_settings(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def client() -> object:
+        return ObjectStorage(s3_url).client
+
+    assert isinstance(client(), S3Client)
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_DEFAULT_REGION")
+        assert isinstance(client(), S3Client), "an endpoint of one's own needs no region"
+        patch.delenv("AWS_ENDPOINT_URL")
+        assert isinstance(client(), FsspecClient), "s3fs finds out the region of a bucket"
+    (tmp_path / "config").write_text("[profile mine]\nregion = eu-central-1\n[profile odd]\nregion = eu-central-1\ns3 =\n  addressing_style = path\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for profile, kind in (("mine", S3Client), ("odd", FsspecClient)):
+        monkeypatch.setenv("AWS_PROFILE", profile)
+        assert isinstance(client(), kind)
+    monkeypatch.setenv("AWS_PROFILE", "none")
+    with pytest.raises(UserError, match="profile"):
+        ObjectStorage(s3_url).list()
+
+
+@pytest.mark.parametrize("use_obstore", [True, False])
+def test_a_store_with_its_own_authority(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_obstore: bool) -> None:
+    authority, tls = own_authority(tmp_path)
+    with s3_proxy(os.environ["AWS_ENDPOINT_URL"], tls) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(authority))
+        storage = ObjectStorage(f"{s3_url}/{tmp_path.name}", use_obstore=use_obstore)
+        storage.put_bytes("a", b"x")
+        assert storage.read_bytes("a") == b"x"
+        assert isinstance(storage.client, S3Client) is use_obstore
+        assert proxy.seen
+
+
+def _read_in_child(storage: Storage, result: Any) -> None:
+    result.put(storage.read_bytes("a"))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_can_read(s3_url: str, tmp_path: Path) -> None:
+    """The threads of obstore do not survive a fork; a request of the child would wait for them forever."""
+    storage = ObjectStorage(f"{s3_url}/{tmp_path.name}")
+    storage.put_bytes("a", b"x")
+    context = multiprocessing.get_context("fork")
+    result = context.Queue()
+    child = context.Process(target=_read_in_child, args=(storage, result))
+    child.start()
+    try:
+        assert result.get(timeout=60) == b"x"
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_an_unknown_scheme_is_a_user_error() -> None:
