@@ -25,20 +25,20 @@ VERSION = 1
 
 PHOTOS = {
     "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
-    "skimage": tuple(
-        f"data/{name}"
-        for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png", "motorcycle_right.png")
+    "skimage": (
+        *("data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/rocket.jpg", "data/hubble_deep_field.jpg"),
+        *("data/motorcycle_left.png", "data/motorcycle_right.png"),
     ),
 }
 ASPECTS = (4 / 3, 3 / 2, 1.0, 16 / 9, 3 / 4, 2 / 3, 5 / 4)
 SUBSAMPLINGS = ("4:2:0", "4:2:2", "4:4:4")
 
-WORDS = (
-    "red blue green small old wooden quiet bright modern handmade vintage soft golden silver tall empty busy wild fresh "
-    "house river cat market bicycle flower temple astronaut rocket coffee engine galaxy garden street bridge forest kitchen window "
-    "dress table lamp guitar mountain beach harbour festival portrait landscape pattern poster recipe interior in on near under with and of "
-    "for sale stock photo royalty free high resolution download now new york paris tokyo summer winter morning night"
-).split()
+WORDS = """
+    red blue green small old wooden quiet bright modern handmade vintage soft golden silver tall empty busy wild fresh house river cat
+    market bicycle flower temple astronaut rocket coffee engine galaxy garden street bridge forest kitchen window dress table lamp guitar
+    mountain beach harbour festival portrait landscape pattern poster recipe interior in on near under with and of for sale stock photo
+    royalty free high resolution download now new york paris tokyo summer winter morning night
+"""
 FOREIGN = ("Café am Fluss – Sommer", "東京の夜景", "Москва, зимнее утро", "niño jugando al fútbol", "صورة قديمة", "ταβέρνα δίπλα στη θάλασσα")
 
 
@@ -81,7 +81,7 @@ def make_image(photos: Sequence[np.ndarray], seed: int, number: int) -> bytes:
 def make_caption(seed: int, number: int) -> str:
     """Caption `number`: alt text of the web, three to thirty words, some of it not English."""
     generator = np.random.default_rng((seed, number, 1))
-    words = [str(word) for word in generator.choice(WORDS, size=min(2 + int(generator.geometric(0.12)), 30))]
+    words = [str(word) for word in generator.choice(WORDS.split(), size=min(2 + int(generator.geometric(0.12)), 30))]
     text = " ".join(words).capitalize()
     return f"{text} {generator.choice(FOREIGN)}" if generator.random() < 0.08 else text
 
@@ -108,8 +108,11 @@ def write_corpus(folder: Path, count: int = 2000, seed: int = 0) -> dict[str, fl
     return {**wanted, **means}
 
 
-def write_list(path: Path, base: str, *, files: int, rows: int, seed: int = 0) -> None:
-    """Writes a URL list of `rows` rows over the first `files` pictures: `BASE/000000.jpg?copy=0`, next round `copy=1`, ..."""
+def write_list(path: Path, bases: Sequence[str], *, files: int, rows: int, seed: int = 0) -> None:
+    """Writes a URL list of `rows` rows over the first `files` pictures: `BASE/000000.jpg?copy=0`, next round `copy=1`, ...
+
+    `bases` are addresses of one server; the pictures take turns on them, since a list of the web names many hosts.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -117,7 +120,7 @@ def write_list(path: Path, base: str, *, files: int, rows: int, seed: int = 0) -
     similarity = np.random.default_rng((seed, 2)).uniform(0.2, 0.45, rows).astype(np.float32)
     table = pa.table(
         {
-            "url": [f"{base}/{number % files:06d}.jpg?copy={number // files}" for number in range(rows)],
+            "url": [f"{bases[number % len(bases)]}/{number % files:06d}.jpg?copy={number // files}" for number in range(rows)],
             "caption": [captions[number % files] for number in range(rows)],
             "similarity": similarity,
         }
@@ -134,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--base", default="http://127.0.0.1:8731", help="address of the server of the images folder (default %(default)s)")
     arguments = parser.parse_args(argv)
     found = write_corpus(arguments.folder, arguments.count, arguments.seed)
-    write_list(arguments.folder / "urls.parquet", arguments.base, files=arguments.count, rows=3 * arguments.count, seed=arguments.seed)
+    write_list(arguments.folder / "urls.parquet", [arguments.base], files=arguments.count, rows=3 * arguments.count, seed=arguments.seed)
     print(" ".join(f"{name}={value:g}" for name, value in found.items()))
     return 0
 
