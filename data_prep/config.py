@@ -157,7 +157,7 @@ class FilterConfig:
     max_border: float = 1.0
     """Largest share of the height or the width that a constant border may take."""
     min_detail: float = 0.0
-    """Share of spectral energy in the upper half of the frequencies, in permille; enlarged pictures have next to none."""
+    """Energy in the upper half of the frequencies over that of the two octaves below, in permille; enlarged pictures have less than 35."""
     blocked_urls: str | None = None
     """Text file, one address a line."""
     blocked_domains: str | None = None

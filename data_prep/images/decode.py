@@ -1,162 +1,201 @@
-"""Image bytes of any origin -> 8-bit gray or sRGB pixels, or a reason why not.
+"""Image bytes -> upright 8-bit gray or sRGB pixels, or a reason why not.
 
-The header is read first (Pillow opens lazily and trusts magic bytes, not names), the limits are checked on it, and only
-then is anything decoded. Plain JPEGs, most of the web, go through simplejpeg, which scales by 1/2, 1/4, 1/8 while decoding;
-everything else and every odd JPEG (EXIF rotation, CMYK, foreign ICC profile) goes through Pillow.
+JPEGs, most of the web, go through simplejpeg, which scales by 1/2, 1/4, 1/8 while decoding; all other formats, CMYK, and
+JPEGs of which libjpeg-turbo complains go through Pillow. Either way the budget of memory is checked first, and no second copy of
+a large picture is made: what Pillow has decoded is cut, converted and shrunk band by band.
 Arrays are uint8 [height, width] or [height, width, 3] (RGB).
 """
 
 import functools
 import io
+import math
+import sys
 from typing import Any
 
+import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from data_prep.config import ImageConfig, LimitConfig
+from data_prep.config import ImageConfig
+from data_prep.images.colour import is_foreign, to_display, to_srgb
 from data_prep.images.formats import DECODERS
+from data_prep.images.header import Header
+from data_prep.images.jpeg import SUPPORTED, JpegFacts
 from data_prep.reasons import Drop
 
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _ORIENTATION = 0x0112
+_OVERSAMPLING = 1.5  # what DCT scaling leaves for `fit` to do: with less, its sharper filter shows (1.7 grey levels off at 1, 0.5 here)
+_MAX_SCANS = 100  # encoders write about ten; thousands are a way to keep a decoder busy
+_BAND = 2**20  # pixels that are converted at once
+_WHOLE = 2**22  # pixels up to which a picture is not shrunk in Pillow first
+_OVERHEAD = 48 * 2**20  # bytes for bands and the like
+
+# Bytes per pixel of the header's size, decoder and picture together, at their peak.
+_BYTES_PER_PIXEL = {"png": 8, "gif": 8, "webp": 16, "bmp": 8, "tiff": 12, "avif": 16, "ppm": 8}
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of `DECODERS` that the installed Pillow can read (AVIF came with 11.3)."""
-    Image.init()
-    return tuple(name for name in DECODERS if name in Image.OPEN)
+def check_memory(width: int, height: int, header: Header, resolution: int, memory_bytes: int) -> None:
+    """Refuses what would need more than the budget to decode, by an estimate that errs on the high side.
+
+    Raises:
+        Drop: too_many_pixels.
+    """
+    facts = header.jpeg
+    if facts is None:
+        needed = width * height * _BYTES_PER_PIXEL.get(header.format or "", 16)
+    else:
+        shorter = min(width, height)
+        scale = (scaled_side(shorter, resolution) or shorter) / shorter
+        needed = int(width * height * scale * scale * 8)
+        needed += int(width * height * facts.samples_per_pixel * 2) if facts.is_buffered else 0
+    if needed + _OVERHEAD > memory_bytes:
+        budget = f"{(needed + _OVERHEAD) // 2**20} MiB to decode, {memory_bytes // 2**20} MiB allowed"
+        raise Drop("too_many_pixels", f"{width}x{height} {header.format}: {budget}")
 
 
-def open_image(data: bytes) -> ImageFile.ImageFile:
-    if not data:
-        raise Drop("not_an_image", "empty file")
-    try:
-        if data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8:
-            raise Drop("truncated", "RIFF announces more bytes")  # libwebp only says "could not create decoder"
-        return Image.open(io.BytesIO(data), formats=_formats())
-    except Drop:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Drop("too_many_pixels", str(error)) from None
-    except UnidentifiedImageError:
-        known = data.startswith(_MAGIC) or data[4:8] == b"ftyp"
-        raise Drop("truncated" if known else "not_an_image", "unreadable header" if known else repr(data[:16])) from None
-    except Exception as error:  # malformed headers raise nearly anything, from struct.error to RecursionError
-        raise _as_drop(error) from None
+def decode_jpeg(data: bytes, facts: JpegFacts, orientation: int, profile: bytes, image: ImageConfig) -> np.ndarray | None:
+    """A gray or three-component JPEG, scaled down while it is decoded as far as `image` allows; upright, in sRGB.
 
+    Returns:
+        None where libjpeg-turbo complains: Pillow then decides.
 
-def check_header(opened: ImageFile.ImageFile, image: ImageConfig, limits: LimitConfig) -> None:
-    width, height = opened.size
-    size = f"{width}x{height}"
-    if width * height > limits.max_pixels:
-        raise Drop("too_many_pixels", size)
-    if min(width, height) < max(1, limits.min_side):
-        raise Drop("too_small", size)
-    if max(width, height) > limits.max_aspect_ratio * min(width, height):
-        raise Drop("aspect_ratio", size)
-    if image.animated == "drop" and opened.format != "MPO":  # MPO: a phone's JPEG with a second view or preview behind it
-        try:
-            frames = getattr(opened, "n_frames", 1)
-        except Exception as error:  # counting frames walks through the file, which may end or break anywhere
-            raise _as_drop(error) from None
-        if frames > 1:
-            raise Drop("animated", f"{frames} frames")
-
-
-def is_plain(opened: ImageFile.ImageFile) -> bool:
-    """Whether the stored samples are already upright 8-bit gray or sRGB."""
-    return (
-        opened.mode in ("L", "RGB")
-        and "transparency" not in opened.info
-        and not _needs_profile(opened.info.get("icc_profile"))
-        and orientation_of(opened) == 1
-    )
-
-
-def decode_plain_jpeg(data: bytes, opened: ImageFile.ImageFile, image: ImageConfig) -> np.ndarray | None:
-    """DCT-scaled to the smallest size that still needs no enlarging; None where libjpeg-turbo complains and Pillow decides."""
-    side = image.resolution if min(opened.size) >= image.resolution else 0
-    gray = image.channels == 1 or opened.mode == "L"
+    Raises:
+        Drop: unsupported_mode, or corrupt for an absurd number of scans.
+    """
+    check_jpeg(data, facts)
+    if facts.num_components not in (1, 3):
+        return None
+    foreign = is_foreign(profile)
+    gray = facts.num_components == 1 or (image.channels == 1 and not foreign)
+    side = scaled_side(min(facts.width, facts.height), image.resolution)
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY" if gray else "RGB", min_height=side, min_width=side)
     except ValueError:
         return None
     pixels = pixels[..., 0] if gray else pixels
-    return np.repeat(pixels[..., None], 3, axis=2) if gray and image.channels == 3 else pixels
+    if foreign:
+        pixels = np.asarray(to_srgb(Image.fromarray(pixels), profile))
+    return upright(pixels, orientation)
 
 
-def decode_any(opened: ImageFile.ImageFile, image: ImageConfig) -> np.ndarray:
-    profile = opened.info.get("icc_profile")
-    adobe = "adobe" in opened.info
+def check_jpeg(data: bytes, facts: JpegFacts) -> None:
+    """Refuses JPEGs that no browser shows either.
+
+    Raises:
+        Drop: unsupported_mode, or corrupt for an absurd number of scans.
+    """
+    if facts.process not in SUPPORTED or facts.precision != 8:
+        raise Drop("unsupported_mode", f"JPEG process {facts.process:#x}, {facts.precision} bits")
+    if facts.is_buffered and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise Drop("corrupt", f"more than {_MAX_SCANS} scans")
+
+
+def scaled_side(shorter: int, resolution: int) -> int:
+    """Shorter side to decode a JPEG at: the smallest of 1/8, 1/4, 1/2 that leaves enough for a good resize; 0: all of it."""
+    for divisor in (8, 4, 2):
+        if shorter >= divisor * _OVERSAMPLING * resolution:
+            return -(-shorter // divisor)
+    return 0
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Applies an EXIF orientation."""
+    if orientation == 1:
+        return pixels
+    if orientation in (5, 7):
+        pixels = cv2.transpose(pixels)
+        return cv2.rotate(pixels, cv2.ROTATE_180) if orientation == 7 else pixels
+    if orientation in (2, 4):
+        return cv2.flip(pixels, 1 if orientation == 2 else 0)
+    turn = {3: cv2.ROTATE_180, 6: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}[orientation]
+    return np.asarray(cv2.rotate(pixels, turn))
+
+
+def open_image(data: bytes, format: str) -> ImageFile.ImageFile:
+    """Opens an image of a known format with Pillow, which reads its header only.
+
+    Raises:
+        Drop: truncated, corrupt, or not_an_image where this Pillow cannot read the format.
+    """
+    if format.upper() not in _formats():
+        raise Drop("not_an_image", f"this Pillow does not read {format}")
+    if format == "webp" and len(data) < int.from_bytes(data[4:8], "little") + 8:
+        raise Drop("truncated", "RIFF announces more bytes")  # libwebp only says "could not create decoder"
     try:
-        orientation = orientation_of(opened)
-        if opened.format == "JPEG" and opened.mode in ("L", "RGB"):
-            opened.draft(opened.mode, (image.resolution, image.resolution))
+        return Image.open(io.BytesIO(data), formats=(format.upper(),))
+    except UnidentifiedImageError:
+        raise Drop("truncated" if len(data) < 1024 else "corrupt", f"unreadable {format} header") from None
+    except Exception as error:  # malformed headers raise nearly anything, from struct.error to RecursionError
+        raise as_drop(error) from None
+
+
+def num_frames(opened: ImageFile.ImageFile) -> int:
+    """Frames or pages of an opened image.
+
+    Raises:
+        Drop: counting walks through the file, which may end or break anywhere.
+    """
+    try:
+        return int(getattr(opened, "n_frames", 1))
+    except Exception as error:
+        raise as_drop(error) from None
+
+
+def decode_any(opened: ImageFile.ImageFile, image: ImageConfig) -> tuple[np.ndarray, int]:
+    """Whatever Pillow can read: upright gray or sRGB pixels, cut to the centred square unless the ratio is kept; and the orientation.
+
+    Large pictures are shrunk to at least four times the wanted size.
+
+    Raises:
+        Drop: truncated, corrupt or unsupported_mode.
+    """
+    if opened.mode == "I" and opened.format not in ("PNG", "PPM"):
+        raise Drop("unsupported_mode", "32-bit integers")
+    try:
+        inverted = opened.mode == "CMYK" and opened.format in ("JPEG", "MPO") and "adobe" not in opened.info
+        if opened.format == "JPEG":
+            side = math.ceil(_OVERSAMPLING * image.resolution)
+            opened.draft(opened.mode, (side, side))
         opened.load()
-        picture = _to_eight_bit(opened, is_inverted=adobe)
-        picture = _to_srgb(picture, profile) if _needs_profile(profile) else picture
-        picture = _flatten(picture, image.matte)
-        picture = picture.convert("L" if image.channels == 1 else "RGB")
-        if orientation != 1:
-            picture.getexif()[_ORIENTATION] = orientation
-            picture = ImageOps.exif_transpose(picture)
-        return np.asarray(picture)
+        orientation = orientation_of(opened)  # after `load`: PNG may have it at the end, and TIFF is turned by Pillow itself
+        box = (0, 0, *opened.size)
+        if image.resize_mode == "center_crop":
+            box = _centred_square(opened.size, orientation)
+        factor = 1
+        if (box[2] - box[0]) * (box[3] - box[1]) > _WHOLE:
+            factor = max(1, min(box[2] - box[0], box[3] - box[1]) // (4 * image.resolution))
+        return upright(_convert(opened, box, factor, image, inverted), orientation), orientation
     except Drop:
         raise
     except Exception as error:  # a broken file makes the decoders raise nearly anything; it costs this file only
-        raise _as_drop(error) from None
+        raise as_drop(error) from None
 
 
-def _to_eight_bit(opened: Image.Image, *, is_inverted: bool) -> Image.Image:
-    """Any mode -> L, LA, RGB, RGBA or CMYK (in the sense that 0 is no ink)."""
-    mode = opened.mode
-    if mode == "CMYK" and opened.format in ("JPEG", "MPO") and not is_inverted:
-        # Pillow inverts every CMYK JPEG; without Adobe's marker the values were not inverted to begin with.
-        return Image.merge("CMYK", [channel.point(lambda level: 255 - level) for channel in opened.split()])
-    if mode.startswith("I;16") or (mode == "I" and opened.format in ("PNG", "PPM")):
-        # Scaled by 255/65535, not clipped as `convert("L")` does.
-        levels = np.asarray(opened).astype(np.uint32)
-        return Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
-    if mode in ("P", "PA") or "transparency" in opened.info:
-        has_alpha = mode == "PA" or "transparency" in opened.info
-        return opened.convert("RGBA" if has_alpha else "RGB")
-    if mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
-        return opened
-    if mode in ("1", "La", "RGBa", "RGBX", "YCbCr", "LAB"):
-        return opened.convert({"1": "L", "La": "LA", "RGBa": "RGBA"}.get(mode, "RGB"))
-    raise Drop("unsupported_mode", mode)
+def _convert(opened: Image.Image, box: tuple[int, int, int, int], factor: int, image: ImageConfig, is_inverted: bool) -> np.ndarray:
+    """The box as gray or sRGB, shrunk by a whole factor, band by band; less than `factor` pixels at its right and bottom are left out."""
+    left, top, right, bottom = box
+    right, bottom = right - (right - left) % factor, bottom - (bottom - top) % factor
+    rows = max(1, _BAND // (right - left) // factor) * factor
+    if (right - left) * (bottom - top) <= _WHOLE:
+        rows = bottom - top
+    bands = []
+    for start in range(top, bottom, rows):
+        part = (left, start, right, min(bottom, start + rows))
+        band = opened if part == (0, 0, *opened.size) else opened.crop(part)
+        band = to_display(band, opened.info, image.matte, is_inverted=is_inverted)
+        bands.append(np.asarray(band.reduce(factor) if factor > 1 else band))
+    return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
 
-def _needs_profile(profile: bytes | None) -> bool:
-    """Whether an embedded ICC profile says anything other than sRGB."""
-    return bool(profile) and not any(name in (profile or b"")[:4096] for name in (b"sRGB", b"s\0R\0G\0B"))
-
-
-def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours through the embedded profile; a profile that is broken or of another colour space is ignored, as browsers do."""
-    alpha = picture.getchannel("A") if "A" in picture.getbands() else None
-    base = picture.convert({"LA": "L", "RGBA": "RGB"}[picture.mode]) if alpha is not None else picture
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-        converted = ImageCms.profileToProfile(
-            base, source, ImageCms.createProfile("sRGB"), renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return picture
-    if converted is None:
-        return picture
-    if alpha is not None:
-        converted.putalpha(alpha)
-    return converted
-
-
-def _flatten(picture: Image.Image, matte: tuple[int, int, int]) -> Image.Image:
-    if "A" not in picture.getbands():
-        return picture
-    background = Image.new("RGBA", picture.size, (*matte, 255))
-    return Image.alpha_composite(background, picture.convert("RGBA")).convert("RGB")
+def _centred_square(size: tuple[int, int], orientation: int) -> tuple[int, int, int, int]:
+    """Box, in stored pixels, of the square that `fit` would cut from the upright picture."""
+    width, height = size
+    side = min(size)
+    # An odd margin is cut wider at the far end of the picture as shown, which a turn may have made the near end as stored.
+    left = (width - side + (orientation in (2, 3, 7, 8))) // 2
+    top = (height - side + (orientation in (3, 4, 6, 7))) // 2
+    return left, top, left + side, top + side
 
 
 def orientation_of(opened: Image.Image) -> int:
@@ -168,7 +207,8 @@ def orientation_of(opened: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _as_drop(error: Exception) -> Drop:
+def as_drop(error: Exception) -> Drop:
+    """The verdict that a decoder's exception amounts to."""
     if isinstance(error, MemoryError):
         raise error
     text = f"{type(error).__name__}: {error}"[:200]
@@ -176,3 +216,13 @@ def _as_drop(error: Exception) -> Drop:
         return Drop("too_many_pixels", text)
     early = any(sign in text.lower() for sign in ("truncated", "unexpected end", "eof", "not enough", "incomplete"))
     return Drop("truncated" if early else "corrupt", text)
+
+
+@functools.cache
+def _formats() -> frozenset[str]:
+    """Those of `DECODERS` that the installed Pillow can read."""
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = None  # sizes are judged by our own limits, before this one would be
+    if avif := sys.modules.get("PIL.AvifImagePlugin"):
+        avif.DEFAULT_MAX_THREADS = 1  # type: ignore[attr-defined]  # one task per CPU: more threads would fight over them
+    return frozenset(name for name in DECODERS if name in Image.OPEN)

@@ -3,13 +3,16 @@
 import warnings
 from dataclasses import dataclass
 
+import cv2
+import numpy as np
 from PIL import ImageFile
 
 from data_prep.config import FilterConfig, ImageConfig, LimitConfig
-from data_prep.images.decode import check_header, decode_any, decode_plain_jpeg, is_plain, open_image, orientation_of
+from data_prep.images.decode import check_jpeg, check_memory, decode_any, decode_jpeg, num_frames, open_image, orientation_of
 from data_prep.images.encode import encode
+from data_prep.images.header import Header, judge, judge_size, read_header
 from data_prep.images.phash import phash
-from data_prep.images.quality import jpeg_quality
+from data_prep.images.quality import check_pixels
 from data_prep.images.resize import fit, fitted_size
 from data_prep.reasons import Drop
 
@@ -33,55 +36,99 @@ class PreparedImage:
     """64-bit perceptual hash of the pixels that were encoded."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A decoded image."""
+
+    pixels: np.ndarray
+    """Upright gray or sRGB, perhaps smaller than the original and cut already."""
+    size: tuple[int, int]
+    """(width, height) of the original as it is shown."""
+    is_finished: bool
+    """Whether the file could be stored as it is."""
+
+
 def prepare_image(data: bytes, image: ImageConfig, limits: LimitConfig, filters: FilterConfig, memory_bytes: int) -> PreparedImage:
     """Checks, decodes, cuts, resizes, judges and encodes one image.
 
     Args:
-        memory_bytes: budget of the task; a picture whose decoding would need more is dropped before it is decoded.
+        memory_bytes: what decoding one picture may take; what would need more is dropped before it is decoded.
 
     Raises:
         Drop: with the reason.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that we judge ourselves
-        opened = open_image(data)
-        width, height = opened.size
-        if len(data) + 8 * width * height > memory_bytes:
-            raise Drop("too_many_pixels", f"{width}x{height} would not fit in ray.memory_per_task_bytes")
-        check_header(opened, image, limits)
-        plain = is_plain(opened)
-        is_jpeg = opened.format in ("JPEG", "MPO")
-        quality = jpeg_quality(getattr(opened, "quantization", {})) if is_jpeg else -1
-        if 0 < quality < filters.min_jpeg_quality:
-            raise Drop("low_quality", f"JPEG quality {quality}")
-        if orientation_of(opened) >= 5:
-            width, height = height, width
-        fast = decode_plain_jpeg(data, opened, image) if plain and is_jpeg else None
-        pixels = fast if fast is not None else decode_any(opened, image)
-    fitted = fit(pixels, image)
-    source_format = "jpeg" if is_jpeg else str(opened.format).lower()
-    is_sound = fast is not None if is_jpeg else opened.format != "PNG" or data.endswith(_PNG_END)
-    is_kept = plain and is_sound and _is_finished(data, opened, image)
+    header = read_header(data, len(data)) or Header(format=None)
+    judge(header, data, image, limits, filters)
+    if header.width is not None and header.height is not None:
+        check_memory(header.width, header.height, header, image.resolution, memory_bytes)
+    picture = _decode_jpeg(data, header, image) or _decode_with_pillow(data, header, image, limits, memory_bytes)
+    pixels = _with_channels(fit(picture.pixels, image), image.channels)
+    check_pixels(pixels, filters)
     return PreparedImage(
-        data=data if is_kept else encode(fitted, image),
-        width=width,
-        height=height,
-        format=source_format,
-        jpeg_quality=quality,
-        phash=phash(fitted),
+        data=data if picture.is_finished else encode(pixels, image),
+        width=picture.size[0],
+        height=picture.size[1],
+        format=header.format or "",
+        jpeg_quality=header.jpeg.quality if header.jpeg is not None else -1,
+        phash=phash(pixels),
     )
+
+
+def _decode_jpeg(data: bytes, header: Header, image: ImageConfig) -> _Picture | None:
+    """The short way, without Pillow unless the header is odd; None where Pillow has to decide."""
+    facts = header.jpeg
+    if facts is None or not facts.is_complete:
+        return None
+    check_jpeg(data, facts)
+    orientation, profile = facts.orientation, facts.icc_profile
+    if orientation is None or profile is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened = open_image(data, "jpeg")
+            orientation, profile = orientation_of(opened), opened.info.get("icc_profile") or b""
+    pixels = decode_jpeg(data, facts, orientation, profile, image)
+    if pixels is None:
+        return None
+    size = (facts.width, facts.height)
+    is_finished = (
+        image.format == "jpg"
+        and facts.is_bare
+        and facts.process in (0xC0, 0xC1, 0xC2)
+        and facts.num_components == image.channels
+        and size == fitted_size(*size, image)
+    )
+    return _Picture(pixels, size if orientation < 5 else (size[1], size[0]), is_finished)
+
+
+def _decode_with_pillow(data: bytes, header: Header, image: ImageConfig, limits: LimitConfig, memory_bytes: int) -> _Picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is not ours to mend
+        opened = open_image(data, header.format or "")
+        width, height = opened.size
+        judge_size(width, height, limits)
+        check_memory(width, height, header, image.resolution, memory_bytes)
+        if header.is_animated is None and image.animated == "drop" and (frames := num_frames(opened)) > 1:
+            raise Drop("animated", f"{frames} frames")
+        is_plain = _is_finished(data, opened, image)
+        pixels, orientation = decode_any(opened, image)
+        if header.format == "tiff" or orientation < 5:  # Pillow turns a TIFF itself, and gives its size as turned
+            return _Picture(pixels, (width, height), is_plain and orientation == 1)
+        return _Picture(pixels, (height, width), False)
 
 
 def _is_finished(data: bytes, opened: ImageFile.ImageFile, image: ImageConfig) -> bool:
-    """Whether the file can be stored as it is: size, mode and format as configured, and no EXIF (it may hold a location)."""
-    wanted = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[image.format]
-    deep_png = opened.format == "PNG" and data[24] != 8  # bit depth of IHDR; Pillow shows 16-bit RGB as 8-bit
-    return (
-        opened.format == wanted
-        and opened.size == fitted_size(*opened.size, image)
-        and opened.mode == ("L" if image.channels == 1 else "RGB")
-        and "exif" not in opened.info
-        and "icc_profile" not in opened.info
-        and getattr(opened, "n_frames", 1) == 1
-        and not deep_png
-    )
+    """Whether a PNG or WebP can be stored as it is: size, mode and format as configured, whole, and no metadata (it may hold a location)."""
+    if {"png": "PNG", "webp": "WEBP"}.get(image.format) != opened.format or opened.size != fitted_size(*opened.size, image):
+        return False
+    if opened.format == "PNG" and (data[24] != 8 or not data.endswith(_PNG_END)):  # bit depth of IHDR; Pillow shows 16-bit RGB as 8-bit
+        return False
+    foreign = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "icc_profile", "transparency"}
+    return opened.mode == ("L" if image.channels == 1 else "RGB") and getattr(opened, "n_frames", 1) == 1 and not foreign & opened.info.keys()
+
+
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    if channels == 3 and pixels.ndim == 2:
+        return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB))
+    if channels == 1 and pixels.ndim == 3:
+        return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
+    return pixels

@@ -3,8 +3,14 @@
 import functools
 from collections.abc import Mapping, Sequence
 
+import cv2
 import numpy as np
 
+from data_prep.config import FilterConfig
+from data_prep.reasons import Drop
+
+_LINES = 32  # rows, and columns, whose spectrum is taken
+_BORDER_LEVELS = 10  # grey levels by which JPEG's ringing may shake a border
 _TOLERANCE = 0.02
 """Tables that differ from a standard one by this share in sum are that one with another rounding."""
 
@@ -50,3 +56,65 @@ def _standard() -> np.ndarray:
 @functools.cache
 def _exact() -> dict[tuple[int, ...], int]:
     return {tuple(row): number for number, row in enumerate(_standard().tolist(), start=1)}
+
+
+def check_pixels(pixels: np.ndarray, filters: FilterConfig) -> None:
+    """Judges a picture as it will be stored, uint8 [h, w] or [h, w, 3] (RGB). Each measure is taken only if its filter is on.
+
+    Raises:
+        Drop: blank, border or upscaled.
+    """
+    if not filters.min_contrast and filters.max_border >= 1 and not filters.min_detail:
+        return
+    luma = pixels if pixels.ndim == 2 else np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
+    if filters.min_contrast and (found := contrast(luma)) < filters.min_contrast:
+        raise Drop("blank", f"contrast {found:.1f}")
+    if filters.max_border < 1 and (found := border_share(luma)) > filters.max_border:
+        raise Drop("border", f"{100 * found:.0f} %")
+    if filters.min_detail and (found := detail(luma)) < filters.min_detail:
+        raise Drop("upscaled", f"detail {found:.1f}")
+
+
+def contrast(luma: np.ndarray) -> float:
+    """Standard deviation of uint8 [h, w], in grey levels; blank pictures have less than about 4."""
+    return float(cv2.meanStdDev(luma)[1][0, 0])
+
+
+def border_share(luma: np.ndarray) -> float:
+    """Share, 0-1, of the height or the width (the larger one) of uint8 [h, w] that lines of one colour take at its two ends.
+
+    A line belongs to a border if all of it is within a few levels of the outermost line's mean, so a sky that fades is none.
+    """
+    return max(_constant_ends(luma, axis=1), _constant_ends(luma, axis=0))
+
+
+def _constant_ends(luma: np.ndarray, axis: int) -> float:
+    lowest, highest = luma.min(axis=axis).astype(np.int16), luma.max(axis=axis).astype(np.int16)
+    total = 0
+    for step in (1, -1):
+        low, high = lowest[::step], highest[::step]
+        level = (int(low[0]) + int(high[0])) / 2
+        outside = (low < level - _BORDER_LEVELS) | (high > level + _BORDER_LEVELS)
+        if not outside.any():
+            return 1.0
+        total += int(outside.argmax())
+    return total / len(lowest)
+
+
+def detail(luma: np.ndarray) -> float:
+    """Energy in the upper half of the frequencies of uint8 [h, w] over that in the two octaves below, in permille.
+
+    A ratio of neighbouring bands, because the share of all energy says more about how plain a picture is than about how sharp.
+    Measured at 256 pixels: 40 photographs shrunk, cut out, saved as JPEG have 43 to 390; enlarged 2 to 4 times, at most 31.
+    """
+    step = max(1, min(luma.shape) // _LINES)
+    upper, lower = 0.0, 0.0
+    for lines in (luma[::step], luma[:, ::step].T):
+        length = lines.shape[1] & ~1  # OpenCV's transform wants an even one
+        if length < 16:
+            return 0.0
+        waves = cv2.dct(np.ascontiguousarray(lines[:, :length], dtype=np.float32), flags=cv2.DCT_ROWS)
+        energy = np.einsum("nf,nf->f", waves, waves)
+        upper += float(energy[length // 2 :].sum())
+        lower += float(energy[length // 8 : length // 2].sum()) + lines.shape[0] * (length // 2 - length // 8)  # a level each: rounding noise
+    return 1000 * upper / lower
