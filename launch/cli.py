@@ -37,6 +37,7 @@ VERBS = (
     Verb("verify", "data_prep.verify", "Data", "check every checksum of a data set"),
     Verb("stats", "data_prep.stats", "Data", "histograms of sizes and caption lengths, and why samples were dropped"),
     Verb("peek", "data_prep.peek", "Data", "look at some samples: a contact sheet as PNG"),
+    Verb("card", "data_prep.card.command", "Data", "one HTML page that shows a data set: samples, distributions, losses, history"),
     Verb("tokenizer", "data_prep.tokenizer", "Data", "train a SentencePiece tokenizer on a text file, or look into a data set's"),
     Verb("train", "launch.local", "Model", "train, or continue training, the run that a configuration describes"),
     Verb("eval", "pipeline.evaluate", "Model", "bits per subpixel and text perplexity on held-out samples"),

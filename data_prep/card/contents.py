@@ -9,7 +9,18 @@ from data_prep.heavy_hitters import ranked
 from data_prep.run_stats import EDGES, quantile
 from data_prep.units import bytes_text, share_text
 
-RATIOS = {1 / 3: "1:3", 1 / 2: "1:2", 9 / 16: "9:16", 2 / 3: "2:3", 3 / 4: "3:4", 0.95: "", 1.05: "1:1", 4 / 3: "4:3", 3 / 2: "3:2", 16 / 9: "16:9"}
+RATIOS = {
+    1 / 3: "1:3",
+    1 / 2: "1:2",
+    9 / 16: "9:16",
+    2 / 3: "2:3",
+    3 / 4: "3:4",
+    0.95: "0.95",
+    1.05: "1.05",
+    4 / 3: "4:3",
+    3 / 2: "3:2",
+    16 / 9: "16:9",
+}
 
 
 def pictures(facts: CardFacts) -> str:
@@ -68,11 +79,9 @@ def sources(facts: CardFacts) -> str:
     survey = facts.survey
     figures: list[str] = []
     if survey.hosts:
-        rows = ranked(survey.hosts.items(), 20)
-        note = f"{share_text(sum(number for _, number in rows), survey.num_with_url)} of the samples come from these"
-        for part in (rows[:10], rows[10:]):
-            figures.append(ranked_bars("Where the pictures come from" if part is rows[:10] or not figures else "", part, survey.num_with_url, note))
-            note = ""
+        rows = ranked(survey.hosts.items(), 12)
+        note = f"these hold {share_text(sum(number for _, number in rows), survey.num_with_url)}"
+        figures.append(ranked_bars("Hosts of the pictures", rows, survey.num_with_url, note))
     license_ = find_column(facts.columns, "license")
     if license_ is not None:
         note = f"{share_text(license_.num_filled, facts.num_members)} of {facts.num_members:,} samples looked at name one"
@@ -144,7 +153,11 @@ def care(facts: CardFacts) -> str:
         ["robots.txt", "respected" if download.get("respect_robots", False) else "not asked", found("robots")],
         ["Takedown list of the preparation", _listed(filters.get("takedown"), manifest.lists), found("takedown")],
         ["Block lists", _block_lists(filters, manifest.lists), found("blocked_url", "blocked_domain", "blocked_text")],
-        ["Taken down since", f"{facts.num_takedowns:,} takedowns; no training run uses these samples", f"{facts.num_taken_down:,}"],
+        [
+            "Taken down since",
+            f"in {facts.num_takedowns:,} takedown{'' if facts.num_takedowns == 1 else 's'}; no training run uses these samples any more",
+            f"{facts.num_taken_down:,}",
+        ],
     ]
     return f"<h2>Care taken</h2>\n{table(['what', 'how', 'samples'], rows, numeric=(2,))}"
 

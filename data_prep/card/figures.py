@@ -46,7 +46,7 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], label: 
         parts.append(f'<rect class="bar" x="{x + 1.5:.1f}" y="{BASE - height:.1f}" width="{step - 3:.1f}" height="{height:.1f}" rx="1.5">')
         parts.append(f"<title>{escape(tip)}</title></rect>")
         if counts[number] >= 0.005 * total and step > 20:
-            share = share_text(counts[number], total).removesuffix(" %")
+            share = f"{100 * counts[number] / total:.0f} %" if counts[number] >= 0.015 * total else "1 %"
             parts.append(f'<text class="value" x="{x + step / 2:.1f}" y="{BASE - height - 4:.1f}" text-anchor="middle">{share}</text>')
         if place % every == 0:
             anchor = "start" if place == 0 else "middle"

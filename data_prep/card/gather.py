@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -124,7 +123,7 @@ def gather(storage: Storage, generation: int | None, num_samples: int) -> CardFa
         labels=Counter(str(sample.values["label"]) for sample in members if "label" in sample.values),
         num_taken_down=gone.count(shard.name for shard in shards),
         num_takedowns=len(takedowns),
-        sheet=tuple(_spread(storage, manifest, ("train",), num_samples, hidden)),
+        sheet=_sheet(storage, manifest, num_samples, hidden),
     )
 
 
@@ -134,13 +133,20 @@ def find_column(columns: dict[str, Column], role: str) -> Column | None:
 
 
 def _spread(storage: Storage, manifest: Manifest, splits: Sequence[str], number: int, hidden: set[tuple[str, str]]) -> Iterator[StoredSample]:
-    """About `number` samples spread evenly over these splits, never more, without those taken down."""
+    """At least `number` (if there are so many) and about at most twice as many samples, spread evenly over these splits, without those taken down."""
     total = sum(manifest.splits[split].num_samples for split in splits)
-    every = max(1, -(-total // number)) if number else total + 1
-    for split in splits if number else ():
-        for sample in islice(stored_samples(storage, manifest, split, every=every), number):
+    for split in splits:
+        for sample in stored_samples(storage, manifest, split, every=max(1, total // number)):
             if (sample.shard, sample.key) not in hidden:
                 yield sample
+
+
+def _sheet(storage: Storage, manifest: Manifest, number: int, hidden: set[tuple[str, str]]) -> tuple[StoredSample, ...]:
+    """`number` training samples, evenly spread."""
+    if not number:
+        return ()
+    found = list(_spread(storage, manifest, ("train",), number, hidden))
+    return tuple(found) if len(found) <= number else tuple(found[place * len(found) // number] for place in range(number))
 
 
 def _runs(storage: Storage, manifest: Manifest) -> PartStats | None:

@@ -15,7 +15,7 @@ h2 small { margin-left: 8px; }
 p.sub { color: var(--soft); margin: 4px 0 24px; overflow-wrap: anywhere; }
 p.note { color: var(--soft); font-size: 13px; margin: 10px 2px 0; }
 small { color: var(--soft); font-weight: 400; font-size: 13px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 250px), 1fr)); gap: 12px; }
 .tile, .figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 9px; box-shadow: var(--shadow); break-inside: avoid; }
 .tile { padding: 13px 16px; }
 .tile b { display: block; font-size: 23px; font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
@@ -52,7 +52,7 @@ th { text-align: left; font-weight: 550; color: var(--soft); font-size: 13px; }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; } tr.here td { font-weight: 600; }
 td.n, th.n { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
-td.wide { overflow-wrap: anywhere; } td small { display: block; }
+td:first-child { min-width: 120px; } td small { display: block; }
 code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 details { margin-top: 14px; } summary { cursor: pointer; padding: 6px 0; color: var(--soft); }
 .set { color: var(--good); font-weight: 600; }
@@ -62,7 +62,7 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } .sheet { grid-template-columns: repeat(8, 1fr); }
   .tile, .figure, .card { box-shadow: none; }
   .figures { grid-template-columns: repeat(2, 1fr); } .tiles { grid-template-columns: repeat(4, 1fr); }
-  .flow { overflow: visible; } .flow > div { min-width: 0; } }
+  .flow { overflow: visible; } .stages, .stages b { font-size: 11px; } .stages span { font-size: 10px; } .flow > div { min-width: 0; } }
 """
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

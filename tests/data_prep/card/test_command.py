@@ -149,7 +149,7 @@ def test_samples_taken_down_are_neither_shown_nor_counted(make_set: Callable, tm
     after = written(made, tmp_path)
     assert len(after.images) == len(before.images) - 2
     assert made.captions[0].replace("\u0007", "\ufffd") not in after.text
-    assert "1 takedowns; no training run uses these samples 2" in after.text
+    assert "in 1 takedown; no training run uses these samples any more 2" in after.text
     assert "all samples" in after.text
 
 
