@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.dedup.pairs import PAIRS_AT_ONCE, Pairs, order_of, popcount, starts_of
+from data_prep.dedup.pairs import PAIRS_AT_ONCE, Pairs, colliding, order_of, popcount, starts_of
 
 MIN_BITS, MAX_BITS = 24, 40
 """Bits set in a hash that tells pictures apart. With 24 of them 48 coefficients are distinct: two unrelated hashes come within
@@ -121,19 +121,15 @@ def matches_in_table(hashes: np.ndarray, scheme: Scheme, table: int, *, num_fixe
         fixed_only: only pairs with a fixed row.
     """
     key, width = scheme.keys(hashes, table)
-    order = order_of(key, width)
-    starts = starts_of(key[order])
-    hashes = hashes[order]
     chosen = np.isin(np.arange(scheme.num_blocks), scheme.tables()[table])
-    reach = np.arange(len(order)) - starts
-    reach[order < num_fixed] = 0
-    for later, earlier in _close(hashes, reach, scheme.distance):
-        agrees = scheme.agreement(hashes[later] ^ hashes[earlier])
-        is_ours = ((agrees & (np.cumsum(agrees, axis=1) <= scheme.num_equal)) == chosen).all(axis=1)
-        if fixed_only:
-            is_ours &= order[earlier] < num_fixed
-        later, earlier = later[is_ours], earlier[is_ours]
-        yield order[later], order[earlier], popcount(hashes[later] ^ hashes[earlier])
+    pairs = colliding(key, width, num_fixed=num_fixed, fixed_only=True) if fixed_only else _close(hashes, key, width, num_fixed, scheme.distance)
+    for later, earlier in pairs:
+        difference = hashes[later] ^ hashes[earlier]
+        bits = popcount(difference)
+        close = np.flatnonzero(bits <= scheme.distance)
+        agrees = scheme.agreement(difference[close])
+        close = close[((agrees & (np.cumsum(agrees, axis=1) <= scheme.num_equal)) == chosen).all(axis=1)]
+        yield later[close], earlier[close], bits[close]
 
 
 def matches(hashes: np.ndarray, distance: int, *, num_fixed: int = 0, fixed_only: bool = False) -> Matches:
@@ -147,11 +143,15 @@ def matches(hashes: np.ndarray, distance: int, *, num_fixed: int = 0, fixed_only
     return later, earlier, bits
 
 
-def _close(hashes: np.ndarray, reach: np.ndarray, distance: int) -> Iterator[Pairs]:
-    """(later, earlier) positions of hashes within `distance` bits, each at most `reach[later]` positions before.
+def _close(hashes: np.ndarray, key: np.ndarray, width: int, num_fixed: int, distance: int) -> Iterator[Pairs]:
+    """Pairs of one bucket within `distance` bits.
 
     Compares every row with the one before it, then with the one before that, and so on: shifted slices need no index arrays.
     """
+    order = order_of(key, width)
+    reach = np.arange(len(order)) - starts_of(key[order])
+    reach[order < num_fixed] = 0
+    hashes = hashes[order]
     for begin in range(0, len(hashes), _ROWS_AT_ONCE):
         end = min(len(hashes), begin + _ROWS_AT_ONCE)
         found: list[Pairs] = []
@@ -169,7 +169,7 @@ def _close(hashes: np.ndarray, reach: np.ndarray, distance: int) -> Iterator[Pai
                 rows = rows[reach[rows] >= lag]
                 later = rows[popcount(hashes[rows] ^ hashes[rows - lag]) <= distance]
             if len(later):
-                found.append((later, later - lag))
+                found.append((order[later], order[later - lag]))
                 waiting += len(later)
             if waiting > PAIRS_AT_ONCE:
                 yield _joined(found)

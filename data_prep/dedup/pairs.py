@@ -59,17 +59,18 @@ def starts_of(sorted_keys: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(is_first, np.arange(len(sorted_keys)), 0))
 
 
-def colliding(keys: np.ndarray, *, num_fixed: int = 0, fixed_only: bool = False, cap: int = 0) -> Iterator[Pairs]:
+def colliding(keys: np.ndarray, bits: int = 64, *, num_fixed: int = 0, fixed_only: bool = False, cap: int = 0) -> Iterator[Pairs]:
     """All pairs of rows with the same key, the later one not fixed.
 
     Args:
-        keys: uint64 [N].
+        keys: uint64 [N] below 2**bits.
+        bits: of the keys.
         num_fixed: rows below this are fixed.
         fixed_only: only pairs with a fixed row.
         cap: 0, or the most earlier rows that one row is compared to: in larger buckets half of them are the first rows of
             the bucket and half those just before the row. Large buckets then cost no quadratic time, but pairs are missed.
     """
-    order = order_of(keys)
+    order = order_of(keys, bits)
     starts = starts_of(keys[order])
     counts = _fixed_in_bucket(order, starts, num_fixed) if fixed_only else np.arange(len(order)) - starts
     counts[order < num_fixed] = 0
