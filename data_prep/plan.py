@@ -6,16 +6,16 @@ gives the same ones.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig, identity, identity_hash
+from data_prep.inputs import list_inputs
 from data_prep.readers.base import Reader, Slice
-from data_prep.readers.folder import FolderReader, list_images
-from data_prep.readers.table import SUFFIXES, TableReader
+from data_prep.readers.folder import FolderReader
+from data_prep.readers.table import TableReader
 from data_prep.readers.tar import TarReader
 from data_prep.storage import Storage
 
@@ -70,7 +70,7 @@ class Plan:
                 Task(
                     number=task["number"],
                     first_sample=task["first_sample"],
-                    slices=tuple(Slice(**{**part, "names": tuple(part["names"])}) for part in task["slices"]),
+                    slices=tuple(Slice(**{**part, "names": tuple(part["names"]), "rows": tuple(part["rows"])}) for part in task["slices"]),
                 )
                 for task in values["tasks"]
             )
@@ -120,27 +120,5 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def _slices(text: str, config: PrepConfig) -> Iterator[Slice]:
-    for kind, path in _inputs(Path(text)):
+    for kind, path in list_inputs(text):
         yield from READERS[kind].plan(path, config)
-
-
-def _inputs(path: Path) -> Sequence[tuple[str, Path]]:
-    """(reader, path) of what the user named: one input, or the tables and tars of a folder without images."""
-    if "://" in str(path) or ":/" in str(path):
-        raise UserError(f"{path} is not a local path", expected="a folder, table or tar on this machine's file system")
-    if not path.exists():
-        raise UserError(f"{path} does not exist", expected="a folder of images, a table or a tar", fix="check --input or `inputs`")
-    if path.is_file():
-        kind = _file_kind(path)
-        if kind is None:
-            raise UserError(f"{path} is no known kind of input", expected=f"a folder, or a file ending in {', '.join(SUFFIXES)} or .tar")
-        return [(kind, path)]
-    if list_images(path):
-        return [("folder", path)]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    return [(kind, file) for file in files if (kind := _file_kind(file)) is not None]
-
-
-def _file_kind(path: Path) -> str | None:
-    suffix = path.suffix.lower()
-    return "table" if suffix in SUFFIXES else "tar" if suffix == ".tar" else None

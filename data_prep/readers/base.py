@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,13 @@ class Slice:
     """Byte where the first sample begins (text tables, tars)."""
     names: tuple[str, ...] = ()
     """The images, relative to `path` (folders): the listing at planning time is what counts."""
+    rows: tuple[int, ...] = ()
+    """If not empty: only these samples of the slice, as ascending offsets from `start`. The others are passed over, their images unread."""
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Offsets from `start` of the samples to be read."""
+        return self.rows or range(self.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +40,8 @@ class RawSample:
 
     source: str
     """Where it came from, for people: `photos/a/b.jpg`, `pairs.csv#12`, `x.tar/000123`."""
+    number: int = 0
+    """Offset from the start of its slice."""
     image: bytes = b""
     url: str | None = None
     """Address of the image, where the input only names one: whoever asked for the sample fetches it."""
@@ -46,7 +55,7 @@ class RawSample:
 class Reader(Protocol):
     """A kind of input. `plan` and `read` see the samples in the same, deterministic order."""
 
-    def plan(self, path: Path, config: PrepConfig) -> Iterator[Slice]:
+    def plan(self, path: str, config: PrepConfig) -> Iterator[Slice]:
         """Cuts one input into slices of at most `config.samples_per_shard` samples.
 
         Raises:
@@ -101,9 +110,9 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
     return values
 
 
-def split_fields(values: Mapping[str, Any], config: PrepConfig) -> tuple[str | None, int | None, dict[str, Any]]:
-    """(caption, label, everything else) of a table row or a JSON object. A label that is no integer stays with the rest."""
-    rest = {str(key): plain_json(value) for key, value in values.items() if key != config.columns.image}
+def split_fields(values: Mapping[str, Any], config: PrepConfig, taken: str = "") -> tuple[str | None, int | None, dict[str, Any]]:
+    """(caption, label, everything else but the column `taken`) of a table row or a JSON object. A label that is no integer stays with the rest."""
+    rest = {str(key): plain_json(value) for key, value in values.items() if key not in (config.columns.image, taken)}
     caption = rest.pop(config.columns.caption, None)
     if caption is not None and not isinstance(caption, str):
         caption = str(caption) if isinstance(caption, (int, float)) else None

@@ -1,61 +1,92 @@
-"""A folder tree of images, each with an optional `.txt` (caption) and `.json` (caption, label, anything) of the same name."""
+"""A folder tree of images, each with an optional `.txt` (caption) and `.json` (caption, label, anything) of the same name.
 
-import os
+On an object store the captions are read by a few threads ahead of their use, and the images are left to the downloader.
+"""
+
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.config import PrepConfig
-from data_prep.images.formats import EXTENSIONS
+from data_prep.inputs import is_remote, list_images
 from data_prep.readers.base import RawSample, Slice, decode_text, parse_object, read_image_file, split_fields
 from data_prep.reasons import Drop
+from data_prep.storage import Storage, open_storage
 
-
-def list_images(root: Path) -> list[str]:
-    """Relative `/`-separated paths of the image files below `root`, sorted; hidden files and folders are skipped."""
-    found = []
-    for parent, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(parent).relative_to(root)
-        found += [(relative / name).as_posix() for name in files if not name.startswith(".") and _extension(name) in EXTENSIONS]
-    return sorted(found)
+NUM_THREADS = 16
 
 
 class FolderReader:
     """Reads folders. The plan holds the names, so that files added later do not move the others to other shards."""
 
-    def plan(self, path: Path, config: PrepConfig) -> Iterator[Slice]:
+    def plan(self, path: str, config: PrepConfig) -> Iterator[Slice]:
         names, size = list_images(path), config.samples_per_shard
         for start in range(0, len(names), size):
             part = tuple(names[start : start + size])
-            yield Slice(kind="folder", path=str(path), start=start, count=len(part), names=part)
+            yield Slice(kind="folder", path=path, start=start, count=len(part), names=part)
 
     def read(self, part: Slice, config: PrepConfig) -> Iterator[RawSample]:
+        if is_remote(part.path):
+            yield from _read_remote(part, config)
+            return
         root = Path(part.path)
-        for name in part.names:
+        for number in part.numbers:
+            name = part.names[number]
             source = f"{root.name}/{name}"
             try:
-                yield _read(root / name, source, config)
+                image = read_image_file(root / name, config.limits.max_file_bytes)
+                text, values = (_local_sidecar(root / name, suffix, config) for suffix in (".txt", ".json"))
+                yield _sample(source, number, text, values, config, image=image)
             except Drop as problem:
-                yield RawSample(source=source, problem=problem)
+                yield RawSample(source=source, number=number, problem=problem)
 
 
-def _read(path: Path, source: str, config: PrepConfig) -> RawSample:
-    image = read_image_file(path, config.limits.max_file_bytes)
-    beside_json = _sidecar(path, ".json", 16 * config.limits.max_caption_bytes)
-    values = parse_object(beside_json) if beside_json is not None else {}
-    caption, label, extra = split_fields(values, config)
-    text = _sidecar(path, ".txt", config.limits.max_caption_bytes)
+def _read_remote(part: Slice, config: PrepConfig) -> Iterator[RawSample]:
+    storage = open_storage(part.path)
+
+    def read(number: int) -> RawSample:
+        name = part.names[number]
+        source = f"{part.path.rpartition('/')[2]}/{name}"
+        try:
+            text, values = (_remote_sidecar(storage, name, suffix, config) for suffix in (".txt", ".json"))
+            return _sample(source, number, text, values, config, url=f"{part.path}/{name}")
+        except Drop as problem:
+            return RawSample(source=source, number=number, problem=problem)
+
+    waiting: deque[Future[RawSample]] = deque()
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for number in part.numbers:
+            waiting.append(pool.submit(read, number))
+            if len(waiting) > 4 * NUM_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _sample(
+    source: str, number: int, text: bytes | None, beside: bytes | None, config: PrepConfig, *, image: bytes = b"", url: str | None = None
+) -> RawSample:
+    caption, label, extra = split_fields(parse_object(beside) if beside is not None else {}, config)
     if text is not None:
         caption = decode_text(text)
-    return RawSample(source=source, image=image, caption=caption, label=label, extra=extra)
+    return RawSample(source=source, number=number, image=image, url=url, caption=caption, label=label, extra=extra)
 
 
-def _sidecar(path: Path, suffix: str, max_bytes: int) -> bytes | None:
+def _max_bytes(suffix: str, config: PrepConfig) -> int:
+    return config.limits.max_caption_bytes * (1 if suffix == ".txt" else 16)
+
+
+def _too_long(suffix: str, name: str, config: PrepConfig) -> Drop:
+    return Drop("caption_too_long" if suffix == ".txt" else "bad_json", f"{name}: above {_max_bytes(suffix, config)} bytes")
+
+
+def _local_sidecar(path: Path, suffix: str, config: PrepConfig) -> bytes | None:
     """Content of `photo.txt` beside `photo.jpg`, None if there is none."""
     beside = path.with_suffix(suffix)
     try:
-        if beside.stat().st_size > max_bytes:
-            raise Drop("caption_too_long" if suffix == ".txt" else "bad_json", f"{beside.name}: above {max_bytes} bytes")
+        if beside.stat().st_size > _max_bytes(suffix, config):
+            raise _too_long(suffix, beside.name, config)
         return beside.read_bytes()
     except FileNotFoundError:
         return None
@@ -63,5 +94,12 @@ def _sidecar(path: Path, suffix: str, max_bytes: int) -> bytes | None:
         raise Drop("unreadable", str(error)) from None
 
 
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name else ""
+def _remote_sidecar(storage: Storage, name: str, suffix: str, config: PrepConfig) -> bytes | None:
+    beside = f"{name.rpartition('.')[0]}{suffix}"
+    try:
+        data = storage.read_range(beside, 0, _max_bytes(suffix, config) + 1)
+    except FileNotFoundError:
+        return None
+    if len(data) > _max_bytes(suffix, config):
+        raise _too_long(suffix, beside, config)
+    return data

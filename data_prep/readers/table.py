@@ -1,23 +1,32 @@
-"""CSV, TSV, JSON lines and Parquet whose rows name image files (or, in Parquet, hold their bytes) and captions.
+"""CSV, TSV, JSON lines (each also .gz) and Parquet whose rows name images and captions.
 
-Relative paths are taken from the table's own folder. Text tables are planned in one pass that notes the byte at which every
-slice begins, so that a task does not read the rows before its own. TSV is read without quoting, as the published
-caption sets write it; CSV with it.
+A row names its image by address (`columns.url`, a URL list) or by path (`columns.image`), or, in Parquet, holds its bytes. Relative paths are
+taken from the table's own folder. Text tables are planned in one pass that notes the byte at which every slice begins, so that a task does not
+read the rows before its own; in a compressed table it has to decompress them (some 200 MB a second), so large lists are better left plain or
+made Parquet, which is read by row groups. TSV is read without quoting, as the published caption sets write it; CSV with it.
 """
 
 import csv
 import difflib
+import gzip
 import json
+import logging
+import posixpath
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
+from data_prep.inputs import is_remote, open_input
 from data_prep.readers.base import RawSample, Slice, parse_object, read_image_file, split_fields
 from data_prep.reasons import Drop
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+logger = logging.getLogger(__name__)
+
+LARGE_GZIP_BYTES = 2**30
 
 Row = dict[str, Any]
 
@@ -25,73 +34,104 @@ Row = dict[str, Any]
 class TableReader:
     """Reads tables."""
 
-    def plan(self, path: Path, config: PrepConfig) -> Iterator[Slice]:
+    def plan(self, path: str, config: PrepConfig) -> Iterator[Slice]:
         size = config.samples_per_shard
-        if path.suffix.lower() == ".parquet":
-            file = _parquet(path)
-            _check_columns(path, list(file.schema_arrow.names), config)
-            total = file.metadata.num_rows
-            starts = [(start, 0) for start in range(0, total, size)]
-        else:
-            starts, total = self._plan_text(path, config)
-        for start, offset in starts:
-            yield Slice(kind="table", path=str(path), start=start, count=min(size, total - start), offset=offset)
+        if _suffix(path) == ".parquet":
+            with _parquet(path) as file:
+                _image_column(path, list(file.schema_arrow.names), config)
+                total = file.metadata.num_rows
+            for start in range(0, total, size):
+                yield Slice(kind="table", path=path, start=start, count=min(size, total - start))
+            return
+        number, begin = 0, 0
+        for number, offset in enumerate(_starts(path, config), start=1):
+            if number % size == 1 or size == 1:
+                begin = offset
+            if number % size == 0:
+                yield Slice(kind="table", path=path, start=number - size, count=size, offset=begin)
+        if number % size:
+            yield Slice(kind="table", path=path, start=number - number % size, count=number % size, offset=begin)
 
     def read(self, part: Slice, config: PrepConfig) -> Iterator[RawSample]:
-        path = Path(part.path)
-        for number, row in enumerate(_rows(path, part), start=part.start):
-            source = f"{path.name}#{number}"
+        wanted = frozenset(part.rows)
+        name = part.path.rpartition("/")[2]
+        for number, row in enumerate(_rows(part)):
+            if wanted and number not in wanted:
+                continue
+            source = f"{name}#{part.start + number}"
             try:
                 values = parse_object(row) if isinstance(row, str) else row
-                image = _image(values.get(config.columns.image), path.parent, config)
-                caption, label, extra = split_fields(values, config)
-                yield RawSample(source=source, image=image, caption=caption, label=label, extra=extra)
+                yield _sample(values, source, number, part.path, config)
             except Drop as problem:
-                yield RawSample(source=source, problem=problem)
+                yield RawSample(source=source, number=number, problem=problem)
+            if wanted and number == part.rows[-1]:
+                return
 
-    def _plan_text(self, path: Path, config: PrepConfig) -> tuple[list[tuple[int, int]], int]:
-        """([(row, byte offset) of every slice], number of rows)."""
-        starts, total = [], 0
-        with open(path, "rb") as file:
-            if path.suffix.lower() == ".jsonl":
+
+def _suffix(path: str) -> str:
+    """`.csv`, `.tsv`, `.jsonl` or `.parquet`."""
+    return posixpath.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+@contextmanager
+def _open_text(path: str) -> Iterator[BinaryIO]:
+    """A text table, decompressed."""
+    with open_input(path) as file:
+        if not path.lower().endswith(".gz"):
+            yield file
+            return
+        with gzip.GzipFile(fileobj=file) as plain:
+            try:
+                yield cast(BinaryIO, plain)
+            except (EOFError, zlib.error) as error:
+                raise OSError(f"{path} is damaged or cut off: {error}") from None
+
+
+def _starts(path: str, config: PrepConfig) -> Iterator[int]:
+    """The byte at which every row begins, in the decompressed file."""
+    if path.lower().endswith(".gz"):
+        with open_input(path) as file:
+            if file.seek(0, 2) > LARGE_GZIP_BYTES:
+                logger.warning("%s is large and compressed: every task has to decompress what stands before its rows. Parquet would be faster", path)
+    check: Callable[[Any], None] = lambda row: None  # noqa: E731
+    try:
+        with _open_text(path) as file:
+            if _suffix(path) == ".jsonl":
                 records: Iterator[tuple[Any, int, int]] = _lines(file)
-                check: Callable[[Any], None] = lambda line: _check_first_object(path, line, config)  # noqa: E731
+                check = lambda line: _check_first_object(path, line, config)  # noqa: E731
             else:
                 records = _csv_records(file, path)
-                _check_columns(path, next(records, ([], 0, 0))[0], config)
-                check = lambda row: None  # noqa: E731
-            for record, begin, _ in records:
-                if total == 0:
+                _image_column(path, next(records, ([], 0, 0))[0], config)
+            for number, (record, begin, _) in enumerate(records):
+                if number == 0:
                     check(record)
-                if total % config.samples_per_shard == 0:
-                    starts.append((total, begin))
-                total += 1
-        return starts, total
+                yield begin
+    except OSError as error:
+        raise UserError(f"{path} cannot be read", got=error, fix="mend or replace it") from None
 
 
-def _rows(path: Path, part: Slice) -> Iterator[Row | str]:
+def _rows(part: Slice) -> Iterator[Row | str]:
     """The rows of a slice; JSON lines come as text, because parsing them can fail one by one."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_rows(path, part)
+    if _suffix(part.path) == ".parquet":
+        yield from _parquet_rows(part)
         return
-    with open(path, "rb") as file:
-        if suffix == ".jsonl":
+    with _open_text(part.path) as file:
+        if _suffix(part.path) == ".jsonl":
             file.seek(part.offset)
             for number, (line, _, _) in enumerate(_lines(file), start=1):
                 yield line
                 if number == part.count:
                     return
         else:
-            header = next(_csv_records(file, path), ([], 0, 0))[0]
+            header = next(_csv_records(file, part.path), ([], 0, 0))[0]
             file.seek(part.offset)
-            for number, (row, _, _) in enumerate(_csv_records(file, path), start=1):
+            for number, (row, _, _) in enumerate(_csv_records(file, part.path), start=1):
                 yield dict(zip(header, row, strict=False))
                 if number == part.count:
                     return
 
 
-def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[list[str], int, int]]:
+def _csv_records(file: BinaryIO, path: str) -> Iterator[tuple[list[str], int, int]]:
     """(fields, first byte, byte after the last) of every non-empty record from the file's position on."""
     csv.field_size_limit(2**31 - 1)  # its default of 128 KiB fails whole files for one long field
     position = file.tell()
@@ -104,7 +144,7 @@ def _csv_records(file: BinaryIO, path: Path) -> Iterator[tuple[list[str], int, i
             # csv gives up the whole file for one stray carriage return in a caption.
             yield text.replace("\0", "").replace("\r\n", "\n").replace("\r", " ")
 
-    is_tsv = path.suffix.lower() == ".tsv"
+    is_tsv = _suffix(path) == ".tsv"
     reader = csv.reader(lines(), delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)
     begin = position
     for row in reader:
@@ -122,76 +162,107 @@ def _lines(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             yield raw.decode("utf-8-sig" if begin == 0 else "utf-8", errors="replace"), begin, position
 
 
-def _parquet(path: Path) -> Any:
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path} needs pyarrow", fix="pip install pyarrow") from None
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file", got=error) from None
-
-
-def _parquet_rows(path: Path, part: Slice) -> Iterator[Row]:
-    file = _parquet(path)
-    groups: list[int] = []
-    stop, begin, skipped = part.start + part.count, 0, 0
-    for group in range(file.metadata.num_row_groups):
-        end = begin + file.metadata.row_group(group).num_rows
-        if begin < stop and end > part.start:
-            groups.append(group)
-        elif end <= part.start:
-            skipped = end
-        begin = end
-    number = skipped
-    batches = file.iter_batches(batch_size=256, row_groups=groups)
-    while True:
+    with open_input(path) as file:
         try:
-            batch = next(batches, None)
-        except ValueError as error:  # pyarrow.ArrowInvalid: a damaged column chunk
-            raise OSError(f"damaged Parquet data: {error}") from None
-        if batch is None:
-            return
-        low, high = max(0, part.start - number), min(batch.num_rows, stop - number)
-        if low < high:
-            yield from batch.slice(low, high - low).to_pylist()
-        number += batch.num_rows
+            opened = pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path} is not a Parquet file", got=error) from None
+        yield opened
 
 
-def _image(value: Any, folder: Path, config: PrepConfig) -> bytes:
-    """Bytes of the image that a row names or holds (`{"bytes": ..}` is how Hugging Face stores an image column)."""
+def _parquet_rows(part: Slice) -> Iterator[Row]:
+    with _parquet(part.path) as file:
+        groups: list[int] = []
+        stop, begin, number = part.start + part.count, 0, 0
+        for group in range(file.metadata.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            if begin < stop and end > part.start:
+                groups.append(group)
+            elif end <= part.start:
+                number = end
+            begin = end
+        batches = file.iter_batches(batch_size=256, row_groups=groups)
+        while True:
+            try:
+                batch = next(batches, None)
+            except ValueError as error:  # pyarrow.ArrowInvalid: a damaged column chunk
+                raise OSError(f"damaged Parquet data: {error}") from None
+            if batch is None:
+                return
+            low, high = max(0, part.start - number), min(batch.num_rows, stop - number)
+            if low < high:
+                yield from batch.slice(low, high - low).to_pylist()
+            number += batch.num_rows
+
+
+def _sample(values: Row, source: str, number: int, path: str, config: PrepConfig) -> RawSample:
+    """The sample of one row, its image fetched only where it lies on this machine."""
+    columns = config.columns
+    if columns.image in values or columns.url not in values:
+        caption, label, extra = split_fields(values, config)
+        image, url = _named_image(values.get(columns.image), path, config)
+    else:
+        caption, label, extra = split_fields(values, config, taken=columns.url)
+        image, url = b"", _address(values[columns.url])
+        if url.startswith("file://"):
+            image, url = _named_image(url.removeprefix("file://"), path, config)
+    return RawSample(source=source, number=number, image=image, url=url or None, caption=caption, label=label, extra=extra)
+
+
+def _address(value: Any) -> str:
+    if not isinstance(value, str) or "://" not in value:
+        raise Drop("bad_url", repr(value)[:200])
+    return value.strip()
+
+
+def _named_image(value: Any, path: str, config: PrepConfig) -> tuple[bytes, str]:
+    """(bytes, "") or (b"", address) of the image that a row names or holds (`{"bytes": ..}` is how Hugging Face stores an image column)."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         if len(value) > config.limits.max_file_bytes:
             raise Drop("file_too_large", f"{len(value)} bytes")
-        return value
+        return value, ""
     if not isinstance(value, str) or not value.strip():
         raise Drop("missing_file", "the row names none")
-    if "://" in value:
-        raise Drop("missing_file", f"{value[:120]} is an address, not a local file")
-    return read_image_file(folder / value.strip(), config.limits.max_file_bytes)
+    name = value.strip()
+    if is_remote(name):
+        return b"", name
+    if is_remote(path):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise Drop("missing_file", f"{name[:120]} is outside the folder of a remote table")
+        return b"", f"{path.rpartition('/')[0]}/{name}"
+    return read_image_file(Path(path).parent / name, config.limits.max_file_bytes), ""
 
 
-def _check_first_object(path: Path, line: str, config: PrepConfig) -> None:
+def _check_first_object(path: str, line: str, config: PrepConfig) -> None:
     try:
         values = json.loads(line)
     except ValueError:
         return  # one bad line costs that line
     if isinstance(values, dict):
-        _check_columns(path, list(values), config, wanted=("image",))
+        _image_column(path, list(values), config, needs_caption=False)
 
 
-def _check_columns(path: Path, found: list[str], config: PrepConfig, wanted: tuple[str, ...] = ("image", "caption")) -> None:
+def _image_column(path: str, found: list[str], config: PrepConfig, *, needs_caption: bool = True) -> None:
     """Refuses a table without the columns we were told to read, before a million rows are dropped one by one."""
+    columns = config.columns
+    wanted = [] if columns.url in found else ["image"]
+    if needs_caption and config.missing_caption != "empty":
+        wanted.append("caption")
     for role in wanted:
-        name = getattr(config.columns, role)
-        if name in found or (role == "caption" and config.missing_caption == "empty"):
+        name = getattr(columns, role)
+        if name in found:
             continue
         close = difflib.get_close_matches(name, found, n=1)
         hint = f" (perhaps columns.{role}={close[0]})" if close else ""
-        raise UserError(
-            f"{path} has no column {name!r}", got=", ".join(found)[:300] or "an empty file", fix=f"name the {role} column: columns.{role}=NAME{hint}"
-        )
+        also = f" nor {columns.url!r}" if role == "image" else ""
+        fix = f"name the {role} column: columns.{role}=NAME{hint}" + (", or columns.url=NAME for addresses" if role == "image" else "")
+        raise UserError(f"{path} has no column {name!r}{also}", got=", ".join(found)[:300] or "an empty file", fix=fix)

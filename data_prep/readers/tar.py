@@ -3,12 +3,13 @@
 import logging
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
 from data_prep.images.formats import EXTENSIONS
+from data_prep.inputs import open_input
 from data_prep.readers.base import RawSample, Slice, as_integer, decode_text, parse_object, split_fields
 from data_prep.reasons import Drop
 
@@ -21,14 +22,14 @@ Group = tuple[str, list[tuple[str, tarfile.TarInfo]]]
 class TarReader:
     """Reads uncompressed tars of any dialect. The plan notes the byte where every slice begins."""
 
-    def plan(self, path: Path, config: PrepConfig) -> Iterator[Slice]:
+    def plan(self, path: str, config: PrepConfig) -> Iterator[Slice]:
         size, total, offset = config.samples_per_shard, 0, 0
         try:
-            with open(path, "rb") as file:
+            with open_input(path) as file:
                 archive = _open(file, path)
                 for _, members in _groups(archive):
                     if total and total % size == 0:
-                        yield Slice(kind="tar", path=str(path), start=total - size, count=size, offset=offset)
+                        yield Slice(kind="tar", path=path, start=total - size, count=size, offset=offset)
                     if total % size == 0:
                         offset = members[0][1].offset
                     total += 1
@@ -42,26 +43,27 @@ class TarReader:
             logger.warning("%s is cut off (%s): only its first %d samples are used", path, error, total)
         if total:
             start = (total - 1) // size * size
-            yield Slice(kind="tar", path=str(path), start=start, count=total - start, offset=offset)
+            yield Slice(kind="tar", path=path, start=start, count=total - start, offset=offset)
 
     def read(self, part: Slice, config: PrepConfig) -> Iterator[RawSample]:
-        path = Path(part.path)
-        with open(path, "rb") as file:
+        wanted, last = frozenset(part.rows), part.numbers[-1]
+        with open_input(part.path) as file:
             file.seek(part.offset)
-            archive = _open(file, path)
-            for number, (key, members) in enumerate(_groups(archive), start=1):
-                source = f"{path.name}/{key}"
+            archive = _open(file, part.path)
+            for number, (key, members) in enumerate(_groups(archive)):
+                source = f"{part.path.rpartition('/')[2]}/{key}"
                 try:
-                    yield _sample(archive, members, source, config)
+                    if not wanted or number in wanted:
+                        yield replace(_sample(archive, members, source, config), number=number)
                 except Drop as problem:
-                    yield RawSample(source=source, problem=problem)
+                    yield RawSample(source=source, number=number, problem=problem)
                 except (tarfile.TarError, OSError) as error:
-                    yield RawSample(source=source, problem=Drop("truncated", f"in the tar: {error}"))
-                if number == part.count:
+                    yield RawSample(source=source, number=number, problem=Drop("truncated", f"in the tar: {error}"))
+                if number == last:
                     return
 
 
-def _open(file: BinaryIO, path: Path) -> tarfile.TarFile:
+def _open(file: BinaryIO, path: str) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file, mode="r:")
     except tarfile.TarError as error:

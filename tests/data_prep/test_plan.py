@@ -59,11 +59,6 @@ def test_unusable_inputs_are_named(tmp_path: Path, name: str, message: str) -> N
         make_plan(small_config(tmp_path / name, tmp_path / "out"))
 
 
-def test_remote_inputs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a local path"):
-        make_plan(small_config(tmp_path, tmp_path / "out", inputs=("s3://bucket/x",)))
-
-
 def test_differences_name_every_changed_setting() -> None:
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "d": 4}
     assert differences(old, new) == ["a.c: 2 -> 5", "d: 3 -> 4"]

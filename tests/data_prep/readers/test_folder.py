@@ -4,20 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.config import LimitConfig, PrepConfig
+from data_prep.inputs import list_images
 from data_prep.readers.base import RawSample
-from data_prep.readers.folder import FolderReader, list_images
+from data_prep.readers.folder import FolderReader
 
 
 def read_all(folder: Path, config: PrepConfig) -> list[RawSample]:
     reader = FolderReader()
-    return [sample for part in reader.plan(folder, config) for sample in reader.read(part, config)]
+    return [sample for part in reader.plan(str(folder), config) for sample in reader.read(part, config)]
 
 
 def test_images_are_listed_sorted_through_the_tree(tmp_path: Path) -> None:
     for name in ("b/x.PNG", "a.jpg", "b/a.webp", ".hidden.png", ".cache/c.png", "notes.txt", "README", "b/y.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert list_images(tmp_path) == ["a.jpg", "b/a.webp", "b/x.PNG"]
+    assert list_images(str(tmp_path)) == ["a.jpg", "b/a.webp", "b/x.PNG"]
 
 
 def test_captions_labels_and_extra_fields_come_from_beside(make_folder: Callable[..., Path]) -> None:
@@ -53,6 +54,6 @@ def test_every_problem_costs_one_sample_and_has_its_reason(make_folder: Callable
 
 
 def test_slices_hold_at_most_a_shard(make_folder: Callable[..., Path]) -> None:
-    parts = list(FolderReader().plan(make_folder(10), PrepConfig(samples_per_shard=4)))
+    parts = list(FolderReader().plan(str(make_folder(10)), PrepConfig(samples_per_shard=4)))
     assert [part.count for part in parts] == [4, 4, 2]
     assert [part.start for part in parts] == [0, 4, 8]

@@ -1,6 +1,10 @@
 """Tables: the same rows whichever format and wherever a slice begins; columns checked before any work."""
 
+import gzip
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import UserError
+from data_prep import inputs
 from data_prep.config import ColumnConfig, PrepConfig
 from data_prep.readers.base import RawSample
 from data_prep.readers.table import TableReader
+from data_prep.storage import open_storage
 from tests.data_prep.conftest import encoded, smooth_pixels
 
 ROWS = [{"image": f"img/{i}.png", "caption": f'number {i}, "quoted"', "label": i % 3, "score": i / 2} for i in range(11)]
@@ -41,9 +47,15 @@ def write_table(folder: Path, suffix: str, rows: list[dict[str, object]] = ROWS)
     return path
 
 
+def compressed(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    return packed
+
+
 def read_all(path: Path, config: PrepConfig) -> list[RawSample]:
     reader = TableReader()
-    return [sample for part in reader.plan(path, config) for sample in reader.read(part, config)]
+    return [sample for part in reader.plan(str(path), config) for sample in reader.read(part, config)]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -94,9 +106,8 @@ def test_bad_rows_cost_themselves(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     samples = read_all(path, PrepConfig(samples_per_shard=3))
     reasons = [sample.problem.reason if sample.problem else "" for sample in samples]
-    assert reasons == ["", "bad_json", "missing_file", "missing_file", "missing_file", *[""] * 6]
-    assert samples[3].problem is not None
-    assert "not a local file" in samples[3].problem.detail
+    assert reasons == ["", "bad_json", "missing_file", "", "missing_file", *[""] * 6]
+    assert samples[3].url == "https://x/y.jpg", "an address is left to the downloader"
 
 
 def test_foreign_values_become_plain_json(tmp_path: Path) -> None:
@@ -117,3 +128,105 @@ def test_a_stray_carriage_return_costs_nothing(tmp_path: Path, suffix: str, end:
     samples = read_all(tmp_path / f"pairs{suffix}", PrepConfig(samples_per_shard=1))
     assert [sample.caption for sample in samples] == ["one two", "three"]
     assert [sample.image for sample in samples] == [(tmp_path / "img" / f"{i}.png").read_bytes() for i in range(2)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_compressed_tables_read_like_plain_ones(tmp_path: Path, suffix: str) -> None:
+    plain = write_table(tmp_path, suffix)
+    packed = compressed(plain)
+    config = PrepConfig(samples_per_shard=4)
+    assert [sample.image for sample in read_all(packed, config)] == [sample.image for sample in read_all(plain, config)]
+
+
+def test_a_compressed_table_that_is_cut_off_is_refused_when_it_is_planned(tmp_path: Path) -> None:
+    packed = compressed(write_table(tmp_path, ".jsonl"))
+    packed.write_bytes(packed.read_bytes()[:-40])
+    with pytest.raises(UserError, match="cut off"):
+        read_all(packed, PrepConfig())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_chosen_rows_keep_their_numbers_and_the_others_are_not_read(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path, suffix)
+    for number in (4, 6, 8):
+        (tmp_path / "img" / f"{number}.png").unlink()
+    part = list(TableReader().plan(str(path), PrepConfig(samples_per_shard=8)))[0]
+    samples = list(TableReader().read(replace(part, rows=(1, 5, 7)), PrepConfig()))
+    assert [(sample.number, sample.caption, sample.problem) for sample in samples] == [(i, ROWS[i]["caption"], None) for i in (1, 5, 7)]
+
+
+def test_a_url_list_names_addresses_and_carries_every_other_column(tmp_path: Path) -> None:
+    rows = [{"url": f" https://host/{i}.jpg", "caption": f"c{i}", "similarity": i / 10, "nsfw": "UNLIKELY"} for i in range(5)]
+    path = write_table(tmp_path, ".parquet", rows)
+    samples = read_all(path, PrepConfig(samples_per_shard=2))
+    assert [sample.url for sample in samples] == [f"https://host/{i}.jpg" for i in range(5)]
+    assert [sample.number for sample in samples] == [0, 1, 0, 1, 0]
+    assert samples[3].extra == {"similarity": 0.3, "nsfw": "UNLIKELY"}
+    assert not samples[3].image
+
+
+def test_an_address_that_is_none_is_dropped(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"url": "not an address", "caption": "c"}, {"url": None, "caption": "c"}]
+    reasons = [sample.problem.reason for sample in read_all(write_table(tmp_path, ".jsonl", rows), PrepConfig()) if sample.problem]
+    assert reasons == ["bad_url", "bad_url"]
+
+
+def test_a_remote_table_names_remote_images_and_nothing_of_this_machine(tmp_path: Path, s3_url: str) -> None:
+    rows: list[dict[str, object]] = [{"image": "img/1.png", "caption": "c"}, {"image": "/etc/hostname", "caption": "c"}]
+    rows += [{"image": "../1.png", "caption": "c"}] + [{"image": f"img/{i}.png", "caption": "c"} for i in range(2, 9)]
+    storage = open_storage(f"{s3_url}/tables")
+    for suffix in (".jsonl", ".parquet"):
+        storage.put_bytes(f"pairs{suffix}", write_table(tmp_path, suffix, rows).read_bytes())
+        path = f"{s3_url}/tables/pairs{suffix}"
+        samples = [sample for part in TableReader().plan(path, PrepConfig(samples_per_shard=3)) for sample in TableReader().read(part, PrepConfig())]
+        assert [sample.url for sample in samples[:1] + samples[3:]] == [f"{s3_url}/tables/img/{i}.png" for i in range(1, 9)]
+        assert [sample.problem.reason for sample in samples[1:3] if sample.problem] == ["missing_file", "missing_file"]
+
+
+def test_rows_of_a_large_remote_table_are_read_without_those_before_them(tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, object]] = [{"url": f"https://host/{i}-{'x' * 400}.jpg", "caption": f"c{i}"} for i in range(20_000)]
+    lines = write_table(tmp_path, ".jsonl", rows).read_bytes()
+    storage = open_storage(f"{s3_url}/tables")
+    storage.put_bytes("large.jsonl", lines)
+    parts = list(TableReader().plan(f"{s3_url}/tables/large.jsonl", PrepConfig(samples_per_shard=500)))
+    monkeypatch.setattr(inputs, "READ_AHEAD", 2**16)
+    fetched = 0
+    original = inputs.RangeFile.readinto
+
+    def counting(self: inputs.RangeFile, buffer: memoryview) -> int:
+        nonlocal fetched
+        size = original(self, buffer)
+        fetched += size
+        return size
+
+    monkeypatch.setattr(inputs.RangeFile, "readinto", counting)
+    samples = list(TableReader().read(parts[-1], PrepConfig()))
+    assert [sample.caption for sample in samples] == [f"c{i}" for i in range(19_500, 20_000)]
+    assert fetched < len(lines) / 10
+
+
+PLANNING = """
+import resource, sys
+from data_prep.config import PrepConfig
+from data_prep.readers.table import TableReader
+from data_prep.storage import open_storage
+next(TableReader().plan(sys.argv[1], PrepConfig()), None)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = sum(part.count for part in TableReader().plan(sys.argv[1], PrepConfig()))
+print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_planning_a_long_list_takes_no_memory(tmp_path: Path, suffix: str) -> None:
+    count = 100_000
+    path = tmp_path / f"long{suffix}"
+    urls = [f"https://host/{i}-{'x' * 100}.jpg" for i in range(count)]
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"url": urls, "caption": urls}), path, row_group_size=10_000)
+    else:
+        path.write_text("url,caption\n" + "".join(f"{url},{url}\n" for url in urls))
+    done = subprocess.run([sys.executable, "-c", PLANNING, str(path)], capture_output=True, text=True, check=True)
+    rows, megabytes = map(int, done.stdout.split())
+    assert rows == count
+    assert megabytes < 12, "a list of 25 MB is never held"

@@ -4,6 +4,7 @@ import gzip
 import io
 import logging
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from configs.errors import UserError
 from data_prep.config import PrepConfig
 from data_prep.readers.base import RawSample
 from data_prep.readers.tar import TarReader
+from data_prep.storage import open_storage
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], dialect: int = tarfile.PAX_FORMAT) -> Path:
@@ -33,7 +35,7 @@ def usual(count: int) -> list[tuple[str, bytes]]:
 
 def read_all(path: Path, size: int = 3) -> list[RawSample]:
     reader, config = TarReader(), PrepConfig(samples_per_shard=size)
-    return [sample for part in reader.plan(path, config) for sample in reader.read(part, config)]
+    return [sample for part in reader.plan(str(path), config) for sample in reader.read(part, config)]
 
 
 @pytest.mark.parametrize("dialect", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -72,3 +74,18 @@ def test_compressed_and_foreign_files_are_refused(tmp_path: Path) -> None:
     for name in ("gz.tar", "text.tar"):
         with pytest.raises(UserError, match=f"{name} is not"):
             read_all(tmp_path / name)
+
+
+def test_chosen_samples_keep_their_numbers(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", usual(8))
+    part = list(TarReader().plan(str(path), PrepConfig(samples_per_shard=5)))[1]
+    samples = list(TarReader().read(replace(part, rows=(0, 2)), PrepConfig()))
+    assert [(sample.number, sample.caption) for sample in samples] == [(0, "caption 5"), (2, "caption 7")]
+
+
+def test_tars_on_an_object_store_read_like_local_ones(tmp_path: Path, s3_url: str) -> None:
+    path = write_tar(tmp_path / "a.tar", usual(8))
+    open_storage(f"{s3_url}/tars").put_bytes("a.tar", path.read_bytes())
+    config = PrepConfig(samples_per_shard=3)
+    remote = [sample for part in TarReader().plan(f"{s3_url}/tars/a.tar", config) for sample in TarReader().read(part, config)]
+    assert remote == read_all(path, 3)
