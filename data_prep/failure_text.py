@@ -9,9 +9,9 @@ _KNOWN: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("SERVFAIL", r"servfail|server (?:returned )?general failure|ares_eservfail|temporary failure in name resolution"),
         ("NXDOMAIN", r"nxdomain|domain name not found|name or service not known|ares_enotfound|no such (?:host|domain)|nodename nor servname"),
         ("no address", r"dns server returned answer with no data|ares_enodata|no address associated"),
-        ("name server refused", r"query refused|ares_erefused|dns server refused"),
-        ("name server timed out", r"timeout while contacting dns|dns.{0,30}time(?:d )?out|ares_etimeout"),
-        ("name server unreachable", r"could not contact dns|ares_econnrefused"),
+        ("name server refused", r"^refused$|query refused|ares_erefused|dns server refused"),
+        ("name server timed out", r"resolver did not answer|timeout while contacting dns|dns.{0,30}time(?:d )?out|ares_etimeout"),
+        ("name server unreachable", r"resolver refused the connection|could not contact dns|ares_econnrefused"),
         ("certificate verify failed: expired", r"certificate has expired"),
         ("certificate verify failed: other name", r"hostname mismatch|certificate is not valid for|ip address mismatch"),
         ("certificate verify failed: self-signed", r"self[- ]signed certificate"),
@@ -24,7 +24,8 @@ _KNOWN: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("Network is unreachable", r"network is unreachable|no route to host|host is (?:down|unreachable)|errno 1(?:01|13)\b"),
         ("connect timed out", r"(?:connect|connection).{0,20}time(?:d )?[- ]?out"),
         ("Server disconnected", r"server disconnected|remote end closed|connection (?:was )?closed|broken pipe"),
-        ("HTML page", r"\bhtml\b"),
+        ("HTML page", r"\bhtml\b|<head|<body|<script|<meta|<!--"),
+        ("XML or SVG", r"<\?xml|<svg"),
     )
 )
 """Name -> how resolvers, sockets and TLS libraries write it; the first that fits counts."""
@@ -39,11 +40,11 @@ _LONGEST = 80
 
 def normalise(detail: str) -> str:
     """The cause in a few words: a known name (`SERVFAIL`), or the text with addresses, host names and numbers replaced."""
-    detail = " ".join(detail.split())[:1000]
+    detail = _URL.sub("URL", " ".join(detail.split())[:1000])
     for name, pattern in _KNOWN:
         if pattern.search(detail):
             return name
-    for pattern, replacement in ((_URL, "URL"), (_ADDRESS, "ADDRESS"), (_HOST, "HOST"), (_HEX, "HEX"), (_NUMBER, "N")):
+    for pattern, replacement in ((_ADDRESS, "ADDRESS"), (_HOST, "HOST"), (_HEX, "HEX"), (_NUMBER, "N")):
         detail = pattern.sub(replacement, detail)
     return detail if len(detail) <= _LONGEST else detail[: _LONGEST - 1] + "…"
 

@@ -58,7 +58,8 @@ class AnswerLike(Protocol):
         """From the first attempt to the end, pauses included."""
 
     @property
-    def num_attempts(self) -> int: ...
+    def num_attempts(self) -> int:
+        """0 where the network was not asked."""
 
     @property
     def num_bytes(self) -> int:
@@ -212,6 +213,8 @@ class PartCollector:
         self._histograms[name][max(0, bisect_right(EDGES[name], value) - 1)] += 1
 
     def _fetched(self, answer: AnswerLike, times: str) -> None:
+        if not answer.num_attempts:
+            return  # nothing was asked: a bad address, robots.txt, an open circuit
         self._num_fetched += 1
         self._num_attempts += answer.num_attempts
         self._bytes_fetched += answer.num_bytes

@@ -1,15 +1,24 @@
 """The diagnosis names the cause and the remedy, once, and is silent when all is well."""
 
+import io
+import socket
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
+from PIL import Image
 
 from data_prep.config import DownloadConfig, PrepConfig
 from data_prep.diagnosis import HEALING, Watch, diagnose, findings
+from data_prep.download.dns import DnsFailed
+from data_prep.download.downloader import Caches, Downloader
+from data_prep.download.request import Request
 from data_prep.failure_text import host_of, normalise
+from data_prep.images.header import judge_header
 from data_prep.metadata import Facts
-from data_prep.reasons import is_reason
+from data_prep.reasons import Drop, is_reason
 from data_prep.run_stats import PartCollector, PartStats, merge
+from tests.data_prep.web_server import Fault, WebServer
 
 CONFIG = PrepConfig(output="s3://bucket/set", download=DownloadConfig(contact="crawl@example.org"))
 
@@ -144,12 +153,58 @@ def test_watch_tells_each_thing_once_and_only_on_good_evidence() -> None:
     assert "429" in second
 
 
+async def resolve(host: str) -> list[str]:
+    """A resolver that fails on some names, as overloaded ones do."""
+    if host.startswith("lost"):
+        raise DnsFailed("SERVFAIL", is_final=False)
+    return ["127.0.0.1"]
+
+
+def test_causes_are_recognised_in_what_the_downloader_says() -> None:
+    """The real downloader against a server on loopback: its words must be those that the diagnosis groups by."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "JPEG")
+    pages = {f"/{name}{number}": data for number in range(30) for name, data in (("good", picture.getvalue()), ("page", b"<!DOCTYPE html><p>log in"))}
+    config = PrepConfig(download=DownloadConfig(allowed_networks=("127.0.0.0/8",), retries=0, backoff_s=0, host_failures=10_000, timeout_s=10))
+    collector = PartCollector()
+    with socket.socket() as closed, WebServer(pages) as server:
+        closed.bind(("127.0.0.1", 0))  # bound, not listening: refuses
+        for number in range(30):
+            server.fault(f"/reset{number}", Fault(kind="reset"))
+            server.fault(f"/many{number}", Fault(kind="status", status=429))
+        urls = [server.url(f"/{name}{number}") for name in ("good", "page", "reset", "many", "gone") for number in range(30)]
+        urls += [f"http://lost{number}.example.org:{server.port}/x.jpg" for number in range(30)]
+        urls += [f"http://127.0.0.1:{closed.getsockname()[1]}/{number}" for number in range(30)]
+        options = {"max_file_bytes": 2**20, "memory_bytes": 2**24, "share": 1, "lookup": resolve, "caches": Caches()}
+        judge = partial(judge_header, image=config.image, limits=config.limits)
+        with Downloader(config.download, judge=judge, **options) as downloader:  # type: ignore[arg-type]
+            for answer in downloader.fetch(Request(number, url) for number, url in enumerate(urls)):
+                drop = answer.drop or Drop("missing_caption")
+                collector.dropped(drop.reason, drop.detail, urls[answer.number], answer)
+    stats = collector.finish()
+    expected = {"missing_caption": 30, "not_an_image": 30, "connection": 60, "http_429": 30, "http_404": 30, "dns": 30}
+    assert dict(stats.dropped) == expected
+    assert stats.failed_details["dns"] == {"SERVFAIL": 30}
+    assert stats.failed_details["not_an_image"] == {"HTML page": 30}
+    assert stats.failed_details["connection"]["Connection refused"] == 30
+    assert sum(stats.failed_details["connection"].values()) == 60
+    assert len(stats.failed_details["connection"]) <= 2, "all resets read the same"
+    assert stats.failed_hosts["http_429"] == {"127.0.0.1": 30}
+    assert stats.statuses["429"] == 30
+    codes = {finding.code for finding in findings(stats, config)}
+    assert {"dns-resolver", "http-429", "web-pages", "connection"} <= codes, codes
+
+
 @pytest.mark.parametrize(
     ("detail", "cause"),
     [
         ("Cannot connect to host a.b.org:443 ssl:True [SSLCertVerificationError: (1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed:"
          " certificate has expired (_ssl.c:1006)')]", "certificate verify failed: expired"),
         ("[Errno 111] Connect call failed ('93.184.216.34', 443)", "Connection refused"),
+        ("the resolver did not answer in time", "name server timed out"),
+        ("REFUSED", "name server refused"),
+        ("SERVFAIL or timeout", "SERVFAIL"),
+        ("not enough data from https://a.org/index.html", "not enough data from URL"),
         ("(11, 'Could not contact DNS servers')", "name server unreachable"),
         ("(4, 'Domain name not found')", "NXDOMAIN"),
         ("(1, 'DNS server returned answer with no data')", "no address"),

@@ -85,6 +85,13 @@ def test_a_fetched_but_unusable_image_counts_as_a_good_download() -> None:
     assert (sum(stats.histograms["download_s"]), sum(stats.histograms["failure_s"])) == (1, 0)
 
 
+def test_what_was_never_asked_for_is_no_fetch() -> None:
+    collector = PartCollector()
+    collector.dropped("circuit_open", "timeout connecting", "http://a.org/x", Fetched(status=0, seconds=0, num_attempts=0, num_bytes=0))
+    stats = collector.finish()
+    assert (stats.read, stats.num_fetched, sum(stats.histograms["failure_s"]), sum(stats.histograms["attempts"])) == (1, 0, 0, 0)
+
+
 def test_local_samples_have_neither_hosts_nor_downloads() -> None:
     collector = PartCollector()
     collector.kept(facts(url="", jpeg_quality=-1, format="png"), num_bytes_out=1)
