@@ -21,9 +21,10 @@ from configs.errors import UserError
 from data_prep import metadata
 from data_prep.cluster import ray_session, run_tasks
 from data_prep.config import RayConfig
+from data_prep.lease import Lease
 from data_prep.schema import Counts, Manifest, ShardIndex, ShardInfo, Split, generation_of, generations, manifest_path, shard_name, tar_path
 from data_prep.shard_writer import Sample, ShardWriter
-from data_prep.storage import Storage, open_storage, writing
+from data_prep.storage import LocalStorage, Storage, open_storage, writing
 from data_prep.tombstones import Rows, Tombstones
 
 RECORDS = "compaction"
@@ -99,21 +100,25 @@ def plan_compaction(base: Manifest, tombstones: Tombstones, generation: int) -> 
     return Compaction(base=base, generation=generation, replaced=tuple(replaced), shards=tuple(shards), num_removed=num_removed)
 
 
-def compact(storage: Storage, plan: Compaction, ray: RayConfig) -> Manifest:
-    """Writes the new shards that are not finished yet, then the manifest. The caller is the only writer.
+def compact(storage: Storage, plan: Compaction, ray: RayConfig, lease: Lease) -> Manifest:
+    """Writes the new shards that are not finished yet, then the manifest. The caller is the only writer, by this lease.
 
     Raises:
         UserError: an old shard is missing or damaged, or the storage is full.
     """
+    storage.clear_scratch()
     finished = _finished(storage, plan)
     remaining = [shard for shard in plan.shards if shard.name not in finished]
-    arguments = [(storage.url, shard, plan.base.image.extension, plan.digest) for shard in remaining]
+    # Workers have another current folder.
+    url = str(storage.root) if isinstance(storage, LocalStorage) else storage.url
+    arguments = [(url, shard, plan.base.image.extension, plan.digest) for shard in remaining]
     with tqdm(total=len(plan.shards), initial=len(finished), desc="shards", unit="shard") as progress:
         for info in _written(arguments, ray):
             finished[info.name] = info
             progress.update()
     _write_ledger(storage, plan)
     manifest = _manifest(plan, finished)
+    lease.check()
     manifest.dump(storage)
     clear_records(storage)
     return manifest

@@ -264,17 +264,15 @@ class Manifest:
             raise ValueError(f"not a data-set manifest: {type(error).__name__} {error}") from error
 
     def dump(self, storage: Storage) -> str:
-        """Publishes this generation; returns its path.
+        """Publishes this generation, unless it is there; returns its path. Of several that publish one at once, exactly one does.
 
         Raises:
             UserError: this generation exists with other content (generations are immutable).
         """
         path, data = manifest_path(self.generation), self.to_bytes()
-        if storage.exists(path):
-            if storage.read_bytes(path) != data:
-                raise UserError(f"{storage.url}/{path} exists with other content", fix="choose another output")
-            return path
-        storage.put_bytes(path, data)
+        if not storage.put_new(path, data) and storage.read_bytes(path) != data:
+            fix = "another run has published meanwhile: look at `jetway generations`, then run the command again, or choose another output"
+            raise UserError(f"{storage.url}/{path} exists with other content", fix=fix)
         return path
 
     @classmethod

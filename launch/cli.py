@@ -38,6 +38,8 @@ VERBS = (
     Verb("stats", "data_prep.stats", "Data", "histograms of sizes and caption lengths, and why samples were dropped"),
     Verb("peek", "data_prep.peek", "Data", "look at some samples: a contact sheet as PNG"),
     Verb("card", "data_prep.card.command", "Data", "one HTML page that shows a data set: samples, distributions, losses, history"),
+    Verb("generations", "data_prep.generations", "Data", "the history of a data set: list, compare, go back, compact"),
+    Verb("takedown", "data_prep.takedown", "Data", "take samples out of a data set by address, domain, content, look or key"),
     Verb("tokenizer", "data_prep.tokenizer", "Data", "train a SentencePiece tokenizer on a text file, or look into a data set's"),
     Verb("train", "launch.local", "Model", "train, or continue training, the run that a configuration describes"),
     Verb("eval", "pipeline.evaluate", "Model", "bits per subpixel and text perplexity on held-out samples"),
@@ -121,7 +123,7 @@ def usage() -> str:
     """The text of `jetway --help`."""
     lines = ["usage: jetway VERB [arguments]", "", "Pretrain JetFormer: one autoregressive model over text and raw pixels."]
     for group in dict.fromkeys(verb.group for verb in VERBS):
-        lines += ["", f"{group}:", *(f"  {verb.name:<10} {verb.help}" for verb in VERBS if verb.group == group)]
+        lines += ["", f"{group}:", *(f"  {verb.name:<11} {verb.help}" for verb in VERBS if verb.group == group)]
     lines += [
         "",
         "`jetway VERB --help` explains one verb; `--dry-run` shows what it would do and writes nothing.",
