@@ -1,12 +1,13 @@
 """The sections of a card about what the samples are: pictures, captions, sources, other columns, and the care taken with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_prep.card.figures import escape, histogram, ranked_bars, table
-from data_prep.card.gather import TOKEN_EDGES, CardFacts, Column, find_column
+from data_prep.card.gather import TOKEN_EDGES, CardFacts, Column, Survey, find_column
 from data_prep.heavy_hitters import ranked
-from data_prep.run_stats import EDGES, quantile
+from data_prep.reasons import stage_of
+from data_prep.run_stats import EDGES
 from data_prep.units import bytes_text, share_text
 
 RATIOS = {
@@ -27,10 +28,10 @@ def pictures(facts: CardFacts) -> str:
     """Sizes, shapes, formats and labels."""
     survey, resolution = facts.survey, facts.manifest.image.resolution
     shown = survey.histograms
-    middle = _median("shorter_side", shown, "{:.0f} px")
+    middle = _median(survey, "shorter_side", "{:.0f} px".format)
     enlarged = f"{middle}; {share_text(survey.num_enlarged, survey.num_rows)} below {resolution}" if middle else ""
     figures = [
-        histogram("Shorter side of the originals", EDGES["shorter_side"], shown["shorter_side"], "{:g}".format, enlarged),
+        histogram("Shorter side", EDGES["shorter_side"], shown["shorter_side"], "{:g}".format, enlarged),
         histogram(
             "Aspect ratio",
             EDGES["aspect_ratio"],
@@ -38,26 +39,36 @@ def pictures(facts: CardFacts) -> str:
             lambda edge: RATIOS.get(edge, f"{edge:g}:1" if edge else "0"),
             "width : height",
         ),
-        histogram("File size of the originals", EDGES["image_bytes"], shown["image_bytes"], _short_bytes, _median_bytes(shown)),
+        histogram("File size", EDGES["image_bytes"], shown["image_bytes"], _short_bytes, _median(survey, "image_bytes", bytes_text)),
         histogram(
-            "JPEG quality of the originals", EDGES["jpeg_quality"], shown["jpeg_quality"], "{:g}".format, _median("jpeg_quality", shown, "{:.0f}")
+            "JPEG quality",
+            EDGES["jpeg_quality"],
+            shown["jpeg_quality"],
+            "{:g}".format,
+            _median(survey, "jpeg_quality", "{:.0f}".format),
         ),
-        ranked_bars("Format of the originals", ranked(survey.formats.items(), 8), survey.num_rows),
+        ranked_bars("Format", ranked(survey.formats.items(), 8), survey.num_rows),
     ]
     if facts.labels:
         rows, number = ranked(facts.labels.items(), 12), sum(facts.labels.values())
         figures.append(ranked_bars("Labels", rows, number, f"{len(facts.labels):,} of them in {number:,} samples looked at"))
-    return f'<h2>Pictures <small>{_scope(facts)}</small></h2>\n<div class="figures">{"".join(figures)}</div>'
+    return f'<h2>Original pictures <small>{_scope(facts)}</small></h2>\n<div class="figures">{"".join(figures)}</div>'
 
 
 def captions(facts: CardFacts) -> str:
     """Lengths, language and tokenizer."""
     survey = facts.survey
-    words = _median("caption_words", survey.histograms, "{:.0f} words")
+    words = _median(survey, "caption_words", "{:.0f} words".format)
     empty = f"; {share_text(survey.num_empty, survey.num_rows)} are empty" if survey.num_empty else ""
     figures = [
         histogram("Words of a caption", EDGES["caption_words"], survey.histograms["caption_words"], "{:g}".format, words + empty if words else ""),
-        histogram("Tokens of a caption", TOKEN_EDGES, survey.histograms["tokens"], "{:g}".format, "with end of sequence"),
+        histogram(
+            "Tokens of a caption",
+            TOKEN_EDGES,
+            survey.histograms["tokens"],
+            "{:g}".format,
+            _median(survey, "tokens", "{:.0f}".format),
+        ),
     ]
     language = find_column(facts.columns, "language")
     if language is not None:
@@ -67,9 +78,7 @@ def captions(facts: CardFacts) -> str:
         return ""
     facts_line = f"{facts.manifest.tokenizer.num_pieces:,} SentencePiece pieces"
     if survey.num_words:
-        facts_line += (
-            f"; {survey.num_tokens / survey.num_tokenized:.2f} tokens a caption, {survey.num_tokens / survey.num_words:.2f} tokens a word (fertility)"
-        )
+        facts_line += f"; {survey.num_tokens / survey.num_tokenized:.2f} tokens a caption with its end, {survey.num_tokens / survey.num_words:.2f} tokens a word (fertility)"
     facts_line += f", over {survey.num_tokenized:,} captions. Model <code>{facts.manifest.tokenizer.sha256[:12]}</code>"
     return f'<h2>Captions</h2>\n<div class="figures">{"".join(figures)}</div>\n<p class="note">{facts_line}</p>'
 
@@ -134,6 +143,13 @@ def care(facts: CardFacts) -> str:
     def found(*reasons: str) -> str:
         return f"{sum(dropped.get(reason, 0) for reason in reasons):,}"
 
+    def asked(setting: str) -> str:
+        if not facts.survey.num_with_url and not any(stage_of(reason) == "network" for reason in dropped):
+            return "nothing was downloaded"
+        return "respected" if download.get(setting, False) else "not asked"
+
+    takedowns = f"{facts.num_takedowns:,} takedown{'' if facts.num_takedowns == 1 else 's'}"
+    since = f"in {takedowns}; no training run uses these samples any more" if facts.num_takedowns else "nothing"
     distance, similarity = dedup.get("image_distance"), dedup.get("caption_similarity")
     evaluation = dedup.get("evaluation") or ()
     rows = [
@@ -149,15 +165,11 @@ def care(facts: CardFacts) -> str:
             "dropped: " + ", ".join(f"<code>{escape(path)}</code>" for path in evaluation) if evaluation else "not compared with any",
             found("eval_image", "eval_caption"),
         ],
-        ["Owners who opt out (HTTP headers)", "respected" if download.get("respect_opt_out", False) else "not asked", found("opt_out")],
-        ["robots.txt", "respected" if download.get("respect_robots", False) else "not asked", found("robots")],
+        ["Owners who opt out (HTTP headers)", asked("respect_opt_out"), found("opt_out")],
+        ["robots.txt", asked("respect_robots"), found("robots")],
         ["Takedown list of the preparation", _listed(filters.get("takedown"), manifest.lists), found("takedown")],
         ["Block lists", _block_lists(filters, manifest.lists), found("blocked_url", "blocked_domain", "blocked_text")],
-        [
-            "Taken down since",
-            f"in {facts.num_takedowns:,} takedown{'' if facts.num_takedowns == 1 else 's'}; no training run uses these samples any more",
-            f"{facts.num_taken_down:,}",
-        ],
+        ["Taken down since", since, f"{facts.num_taken_down:,}"],
     ]
     return f"<h2>Care taken</h2>\n{table(['what', 'how', 'samples'], rows, numeric=(2,))}"
 
@@ -181,14 +193,9 @@ def _scope(facts: CardFacts) -> str:
     return f"{survey.num_rows:,} of {total:,} samples, from {where}, evenly spread"
 
 
-def _median(name: str, histograms: Mapping[str, Sequence[int]], form: str) -> str:
-    counts = histograms.get(name, ())
-    return f"median about {form.format(quantile(name, counts, 0.5))}" if any(counts) else ""
-
-
-def _median_bytes(histograms: Mapping[str, Sequence[int]]) -> str:
-    counts = histograms["image_bytes"]
-    return f"median about {bytes_text(quantile('image_bytes', counts, 0.5))}" if any(counts) else ""
+def _median(survey: Survey, name: str, form: Callable[[float], str]) -> str:
+    """`median 640 px`; empty where nothing is known."""
+    return f"median {form(survey.medians[name])}" if name in survey.medians else ""
 
 
 def _short_bytes(number: float) -> str:

@@ -8,6 +8,8 @@ from data_prep.units import count_text, share_text
 
 WIDTH, HEIGHT, BASE = 360, 150, 126
 """Of a histogram's drawing; the bars stand on BASE."""
+MIN_BINS = 6
+"""A histogram shows at least as many."""
 FLOW_WIDTH, STREAM, DROP, LEAK_RADIUS = 1000, 120, 40, 12
 """Of the flow's drawing: its width, the height of the stream at the beginning, how far the leaks fall below it, and their inner radius."""
 
@@ -34,10 +36,12 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], label: 
     if not filled:
         return ""
     first, last = filled[0], filled[-1]
+    while last - first + 1 < min(MIN_BINS, len(counts)):  # a bar alone would say nothing about where it stands
+        first, last = max(0, first - 1), min(len(counts) - 1, last + 1)
     shown, total, most = range(first, last + 1), sum(counts), max(counts)
     step = WIDTH / len(shown)
     # Labels stand at the edges between the bars; of many, every second or third.
-    every = -(-len(shown) * 36 // WIDTH)
+    every = -(-(len(shown) + 1) * 36 // WIDTH)
     parts = [f'<line class="base" x1="0" x2="{WIDTH}" y1="{BASE}" y2="{BASE}"/>']
     for place, number in enumerate(shown):
         x, height = place * step, max(1.0 if counts[number] else 0.0, (BASE - 18) * counts[number] / most)
@@ -51,6 +55,8 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[int], label: 
         if place % every == 0:
             anchor = "start" if place == 0 else "middle"
             parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{escape(label(edges[number]))}</text>')
+    if last + 1 < len(edges) and (len(shown) - 1) % every == 0:
+        parts.append(f'<text class="tick" x="{WIDTH}" y="{HEIGHT - 8}" text-anchor="end">{escape(label(edges[last + 1]))}</text>')
     summary = f"{title}: {note}" if note else title
     return (
         f'<figure class="figure"><figcaption><b>{escape(title)}</b> <small>{escape(note)}</small></figcaption>'

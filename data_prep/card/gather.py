@@ -24,6 +24,7 @@ MAX_MEMBERS = 600
 """Samples whose JSON is read for licences, languages and other columns; `MAX_MEMBERS_ALONE` where there are no sidecars."""
 MAX_MEMBERS_ALONE = 2000
 MAX_TOKENIZED = 20_000
+MAX_GENERATIONS = 50
 
 COLUMNS = ("url", "caption", "width", "height", "format", "jpeg_quality", "num_bytes")
 TOKEN_EDGES = (0, 1, 5, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257)
@@ -51,6 +52,8 @@ class Survey:
     from_sidecars: bool = True
     histograms: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Counts in the bins of `run_stats.EDGES`, and `tokens` in those of `TOKEN_EDGES`."""
+    medians: dict[str, float] = field(default_factory=dict)
+    """Of what is known; names as in `histograms`."""
     formats: Counter[str] = field(default_factory=Counter)
     hosts: dict[str, int] = field(default_factory=dict)
     num_with_url: int = 0
@@ -73,7 +76,7 @@ class CardFacts:
     url: str
     manifest: Manifest
     history: tuple[Manifest, ...]
-    """All generations, oldest first."""
+    """The newest `MAX_GENERATIONS` generations, oldest first."""
     made_at: str
     """Day of the newest run's end, from the statistics; empty if unknown."""
     stats: PartStats | None
@@ -114,7 +117,7 @@ def gather(storage: Storage, generation: int | None, num_samples: int) -> CardFa
         name=storage.url.rstrip("/").rsplit("/", 1)[-1] or storage.url,
         url=storage.url,
         manifest=manifest,
-        history=tuple(Manifest.load(storage, number) for number in generations(storage)),
+        history=tuple(Manifest.load(storage, number) for number in generations(storage)[-MAX_GENERATIONS:]),
         made_at=time.strftime("%Y-%m-%d", time.gmtime(runs.ended_at)) if runs else "",
         stats=runs,
         survey=survey,
@@ -186,6 +189,7 @@ def _member_table(members: Sequence[StoredSample]) -> dict[str, list[Any]]:
 
 def _survey(tables: Iterable[dict[str, list[Any]]], resolution: int, processor: Any, num_shards: int) -> Survey:
     histograms = {name: np.zeros(len(edges), dtype=np.int64) for name, edges in {**EDGES, "tokens": TOKEN_EDGES}.items()}
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in histograms}
     formats: Counter[str] = Counter()
     hosts = HeavyHitters(NUM_HOSTS)
     num_rows = num_with_url = num_enlarged = num_empty = num_tokens = num_words = num_tokenized = 0
@@ -201,6 +205,7 @@ def _survey(tables: Iterable[dict[str, list[Any]]], resolution: int, processor: 
             ("image_bytes", _known(table["num_bytes"])),
         ):
             histograms[name] += _binned(values, EDGES[name])
+            seen[name].append(values)
         formats.update(table["format"])
         for url in table["url"]:
             if host := host_of(url):
@@ -213,12 +218,14 @@ def _survey(tables: Iterable[dict[str, list[Any]]], resolution: int, processor: 
         captions = table["caption"][::share]
         tokens = np.array([len(ids) + 1 for ids in processor.EncodeAsIds(captions)], dtype=np.int64)
         histograms["tokens"] += _binned(tokens, TOKEN_EDGES)
+        seen["tokens"].append(tokens)
         num_tokens, num_tokenized, num_words = num_tokens + int(tokens.sum()), num_tokenized + len(tokens), num_words + int(words[::share].sum())
     return Survey(
         num_rows=num_rows,
         num_shards=num_shards,
         from_sidecars=num_shards > 0,
         histograms={name: tuple(int(count) for count in counts) for name, counts in histograms.items()},
+        medians={name: float(np.median(values)) for name, arrays in seen.items() if len(values := np.concatenate([*arrays, np.empty(0)]))},
         formats=formats,
         hosts=hosts.top(),
         num_with_url=num_with_url,

@@ -20,7 +20,7 @@ small { color: var(--soft); font-weight: 400; font-size: 13px; }
 .tile { padding: 13px 16px; }
 .tile b { display: block; font-size: 23px; font-weight: 620; letter-spacing: -.01em; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 350px), 1fr)); gap: 14px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 14px; }
 .figure { margin: 0; padding: 13px 15px 10px; min-width: 0; }
 .figure figcaption { display: flex; align-items: baseline; gap: 8px; font-size: 14px; margin-bottom: 6px; }
 .figure figcaption small:last-child { margin-left: auto; text-align: right; font-variant-numeric: tabular-nums; }
