@@ -40,8 +40,6 @@ WORDS_PER_PIECE = 20
 """A corpus with fewer words than this per piece usually supports fewer pieces."""
 MIN_FINDING = 10
 """Samples that a finding about the sample needs."""
-PLACES = 8
-"""Possible places of a row within its stretch, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,13 +178,12 @@ def price(config: PrepConfig, measure: Measure, options: PriceOptions | None = N
     """
     options = options or PriceOptions()
     check_given_model(config.tokenizer)
-    total, task = sampled_task(config, options.num_rows)
-    measure(replace(task, slices=task.slices[:1]))  # libraries load and connections open once: that must not be scaled up
+    total, num_tasks, task = sampled_task(config, options.num_rows)
+    measure(_first_row(task))  # libraries load and connections open once: that must not be scaled up
     stats, facts, num_bytes = measure(task)
     scale = total / max(1, stats.read)
     low, high = wilson(stats.kept, stats.read) if stats.read < total else (stats.kept / max(1, stats.read),) * 2
     num_kept = round(stats.kept * scale)
-    num_tasks = -(-total // config.samples_per_shard)
     num_heldout = round(num_kept * config.heldout_permille / 1000)
     num_shards = {
         "train": -(-(num_kept - num_heldout) // config.samples_per_shard),
@@ -220,41 +217,33 @@ def price(config: PrepConfig, measure: Measure, options: PriceOptions | None = N
     return replace(found, warnings=(*_warnings(found, config), *tokenizer_warnings, *_sample_findings(stats, config)))
 
 
-def sampled_task(config: PrepConfig, num_rows: int) -> tuple[int, Task]:
-    """(rows of the input, a task of about `num_rows` rows spread evenly over it).
+def sampled_task(config: PrepConfig, num_rows: int) -> tuple[int, int, Task]:
+    """(rows of the input, tasks of its plan, a task of `num_rows` rows spread evenly over it, or of all if there are fewer).
 
-    One row at a random place in each of `num_rows` equal stretches, the same every time. Readers can start only where a slice does, so
-    the input is planned with slices much smaller than a stretch, and of a prime number of rows: where a list alternates, all beginnings
-    of slices of, say, twelve rows could be of one kind.
+    One row at a random place in each of `num_rows` equal stretches, the same every time: rows at equal distances could all be of one kind
+    where a list alternates.
     """
-
-    def slices(size: int) -> list[Slice]:
-        plan = make_plan(replace(config, samples_per_shard=_prime_up_to(size)))
-        return [part for task in plan.tasks for part in task.slices]
-
-    parts = slices(config.samples_per_shard)
-    total = sum(part.count for part in parts)
+    plan = make_plan(config)
+    total = plan.num_samples
     num_rows = min(num_rows, total)
-    stretch = total / num_rows
-    if stretch / PLACES < config.samples_per_shard:
-        parts = slices(int(stretch / PLACES))
     chance = random.Random(0)
-    targets = iter([int((number + chance.random()) * stretch) for number in range(num_rows)])
+    bounds = [number * total // num_rows for number in range(num_rows + 1)]
+    targets = iter([low + int(chance.random() * (high - low)) for low, high in zip(bounds, bounds[1:], strict=False)])
     chosen: list[Slice] = []
     begin, target = 0, next(targets, total)
-    for part in parts:
-        wanted = 0
+    for part in (part for task in plan.tasks for part in task.slices):
+        rows: list[int] = []
         while target < begin + part.count:
-            target, wanted = next(targets, total), wanted + 1
+            rows.append(target - begin)
+            target = next(targets, total)
         begin += part.count
-        if wanted := min(wanted, part.count):
-            chosen.append(replace(part, count=wanted, names=part.names[:wanted]))
-    return total, Task(number=0, first_sample=0, slices=tuple(chosen))
+        if rows:
+            chosen.append(replace(part, rows=tuple(rows)))
+    return total, len(plan.tasks), Task(number=0, first_sample=0, slices=tuple(chosen))
 
 
-def _prime_up_to(number: int) -> int:
-    """The largest prime that is not larger; 1 where there is none."""
-    return next((n for n in range(number, 1, -1) if all(n % factor for factor in range(2, math.isqrt(n) + 1))), 1)
+def _first_row(task: Task) -> Task:
+    return replace(task, slices=tuple(replace(part, rows=part.rows[:1]) for part in task.slices[:1]))
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

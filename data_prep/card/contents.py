@@ -78,7 +78,8 @@ def captions(facts: CardFacts) -> str:
         return ""
     facts_line = f"{facts.manifest.tokenizer.num_pieces:,} SentencePiece pieces"
     if survey.num_words:
-        facts_line += f"; {survey.num_tokens / survey.num_tokenized:.2f} tokens a caption with its end, {survey.num_tokens / survey.num_words:.2f} tokens a word (fertility)"
+        facts_line += f"; {survey.num_tokens / survey.num_tokenized:.2f} tokens a caption with its end"
+        facts_line += f", {survey.num_tokens / survey.num_words:.2f} tokens a word (fertility)"
     facts_line += f", over {survey.num_tokenized:,} captions. Model <code>{facts.manifest.tokenizer.sha256[:12]}</code>"
     return f'<h2>Captions</h2>\n<div class="figures">{"".join(figures)}</div>\n<p class="note">{facts_line}</p>'
 

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from configs.errors import UserError
 from data_prep.config import DedupConfig, ImageConfig, PrepConfig, TokenizerConfig
 from data_prep.metadata import Facts
-from data_prep.plan import READERS, Task
+from data_prep.plan import READERS, Task, make_plan
 from data_prep.pricing import MIN_FINDING, PriceOptions, add_options, options_of, price, sampled_task, wilson
 from data_prep.run_stats import PartCollector, PartStats
 from data_prep.tokenizer import train
@@ -116,32 +116,32 @@ def test_all_rows_measured_leave_no_doubt(table: Path) -> None:
 
 
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 120, 1000])
-@pytest.mark.parametrize("num_rows", [1, 10, 39, 120])
+@pytest.mark.parametrize("num_rows", [1, 10, 39, 119, 120])
 def test_the_sample_is_spread_evenly_whatever_the_tasks(table: Path, samples_per_shard: int, num_rows: int) -> None:
     config = config_of(table, samples_per_shard=samples_per_shard)
-    total, task = sampled_task(config, num_rows)
-    assert total == 120
+    total, num_tasks, task = sampled_task(config, num_rows)
+    assert (total, num_tasks) == (120, len(make_plan(config).tasks))
     sources = [raw.source for part in task.slices for raw in READERS[part.kind].read(part, config)]
     rows = [int(source.split("#")[1]) for source in sources]
     assert len(set(rows)) == len(rows) == num_rows
     by_third = Counter(row // 40 for row in rows)
     assert num_rows < 10 or max(by_third.values()) - min(by_third[i] for i in range(3)) <= 3
-    assert sampled_task(config, num_rows) == (total, task), "the same sample every time"
+    assert sampled_task(config, num_rows) == (total, num_tasks, task), "the same sample every time"
 
 
 @pytest.mark.parametrize("period", [2, 4, 10, 12, 25])
 def test_a_list_that_alternates_does_not_deceive(tmp_path: Path, period: int) -> None:
     rows = 20_000
     (tmp_path / "list.jsonl").write_text("".join(f'{{"image": "{i}.png", "caption": "a"}}\n' for i in range(rows)))
-    _, task = sampled_task(config_of(tmp_path / "list.jsonl", samples_per_shard=1000), 200)
-    phases = Counter(part.start % period for part in task.slices)
+    _, _, task = sampled_task(config_of(tmp_path / "list.jsonl", samples_per_shard=1000), 200)
+    phases = Counter((part.start + row) % period for part in task.slices for row in part.rows)
     assert max(phases.values()) < 200 / period + 5 * math.sqrt(200 / period)
 
 
 def test_folders_are_sampled_over_their_whole_length(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     config = config_of(make_folder(30), output=str(tmp_path / "out"), samples_per_shard=1000)
-    _, task = sampled_task(config, 3)
-    numbers = [int(name[1:4]) for part in task.slices for name in part.names]
+    _, _, task = sampled_task(config, 3)
+    numbers = [int(part.names[row][1:4]) for part in task.slices for row in part.rows]
     assert [number // 10 for number in numbers] == [0, 1, 2]
 
 
