@@ -22,12 +22,14 @@ class AddressGuard:
 
     def __init__(self, allowed_networks: Sequence[str] = ()) -> None:
         self._allowed = tuple(ip_network(network) for network in allowed_networks)
+        self._known: dict[str, bool] = {}
 
     def allows(self, text: str) -> bool:
         """Whether the address `text` (an IPv6 scope may follow) may be connected to."""
-        if is_public(text):
-            return True
-        return any(address.version == network.version and address in network for address in _meanings(text) for network in self._allowed)
+        verdict = self._known.get(text)
+        if verdict is None:
+            verdict = self._known[text] = is_public(text) or self._is_allowed(text)
+        return verdict
 
     def check(self, text: str) -> None:
         """Raises `PrivateAddress` unless `text` may be connected to."""
@@ -40,13 +42,16 @@ class AddressGuard:
         self.check(str(where[0]))
         return socket.socket(family, kind, protocol)
 
+    def _is_allowed(self, text: str) -> bool:
+        return any(address.version == network.version and address in network for address in _meanings(text) for network in self._allowed)
 
-@functools.lru_cache(maxsize=16384)
+
 def is_public(text: str) -> bool:
     """Whether an address belongs to the public internet, and every address that it wraps or is translated to as well."""
     return all(_is_public(address) for address in _meanings(text))
 
 
+@functools.lru_cache(maxsize=4096)
 def literal_address(host: str) -> Address | None:
     """The address that a host *is* rather than names, in any spelling that a C library takes; None for a name.
 

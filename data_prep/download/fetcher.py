@@ -31,11 +31,11 @@ class Tally:
 
     __slots__ = ("final_url", "is_last_attempt", "is_under_way", "num_attempts", "num_bytes", "started", "status")
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         self.status = 0
         self.num_attempts = 0
         self.num_bytes = 0
-        self.final_url = ""
+        self.final_url = url
         self.started = 0.0
         self.is_last_attempt = False
         self.is_under_way = False
@@ -86,11 +86,10 @@ class Fetcher:
 
     async def fetch(self, request: Request) -> tuple[Answer, Claim | None]:
         """The answer to a request, and what its body holds of the budget. Raises nothing but bugs and `UserError`."""
-        tally = Tally()
+        tally = Tally(request.url)
         data, claim, drop = b"", None, None
         try:
             url = parse_url(request.url)
-            tally.final_url = str(url)
             attempt = functools.partial(self._follow, url) if isinstance(url, URL) else functools.partial(self._read_object, url)
             data, claim = await self._persist(tally, attempt)
         except Failed as failure:
@@ -136,7 +135,6 @@ class Fetcher:
         seen = {url}
         try:
             while True:
-                tally.final_url = str(url)
                 host = self._hosts[url.raw_host or ""]
                 host.num_pending += 1
                 try:
@@ -156,12 +154,13 @@ class Fetcher:
                 if len(seen) > self._config.max_redirects:
                     raise Failed("redirects", f"more than {self._config.max_redirects}")
                 seen.add(url)
+                tally.final_url = str(url)
         finally:
             tally.num_bytes += deadline.num_bytes
 
     async def _fetch_robots(self, url: URL) -> bytes:
         """The body of a robots.txt, for `Robots`."""
-        tally = Tally()
+        tally = Tally(str(url))
 
         async def attempt(tally: Tally) -> tuple[bytes, Claim]:
             deadline, where = Deadline(self._config.timeout_s), url
@@ -193,7 +192,7 @@ class Fetcher:
         host = url.raw_host or ""
         if host[-1:].isdigit() or ":" in host:
             address = literal_address(host)
-            if address is not None and not self._guard.allows(str(address)):
+            if address is not None and not self._guard.allows(host):
                 raise Failed("private_address", f"{address} is no public address")
 
     async def _ask(self, url: URL, host: Host, receiver: Receiver, deadline: Deadline, tally: Tally) -> "tuple[bytes, Claim] | URL":

@@ -35,7 +35,7 @@ def directives(value: str) -> set[str]:
     found, is_ours = set(), True
     for part in value.lower().split(","):
         name, colon, rest = (piece.strip() for piece in part.partition(":"))
-        if colon and name in _WITH_VALUE:
+        if colon and (name in _WITH_VALUE or " " in name):  # the latter: a date of unavailable_after, which has a comma
             continue
         if colon:
             is_ours = name in (PRODUCT, "*")

@@ -1,5 +1,8 @@
 """From the text of an input to an address that can be asked, and from one address to where it redirects."""
 
+import functools
+import re
+
 from yarl import URL
 
 from data_prep.download.addresses import literal_address
@@ -9,6 +12,7 @@ OBJECT_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs"})
 """Object stores that fsspec opens with the job's own credentials. Never `file` and the like: the list is not to be trusted that far."""
 
 _MAX_CHARS = 16_384
+_HOST = re.compile(r"[a-z0-9._:-]+", re.IGNORECASE)
 
 
 def parse_url(text: str) -> URL | str:
@@ -62,8 +66,15 @@ def _plain(url: URL) -> URL:
     host, port = url.raw_host, url.port
     if not host or not port:
         raise ValueError("no host or no port")
-    if host[-1].isdigit() or host[0].isdigit() or ":" in host:
-        address = literal_address(host)
-        if address is not None and str(address) != host:
-            url = url.with_host(str(address))
+    plain = _plain_host(host)
+    if plain != host:
+        url = url.with_host(plain)
     return url.with_fragment(None) if url.raw_fragment else url
+
+
+@functools.lru_cache(maxsize=16384)
+def _plain_host(host: str) -> str:
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{host!r} is no host")
+    address = literal_address(host)
+    return host if address is None else str(address)
