@@ -8,9 +8,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from configs.errors import UserError
-from data_prep.samples import StoredSample, stored_samples
+from data_prep.samples import StoredSample, num_usable, stored_samples
 from data_prep.schema import SPLITS, Manifest
 from data_prep.storage import open_storage
+from data_prep.tombstones import load
 
 CELL = 160
 """Width of one cell of the sheet in pixels, and height of its picture."""
@@ -21,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """Entry point of `jetway peek`."""
     parser = argparse.ArgumentParser(prog="jetway peek", description="Show samples of a data set: a contact sheet (PNG) and a listing.")
     parser.add_argument("data_set", metavar="DATASET", help="folder or s3:// prefix")
+    parser.add_argument("--generation", type=int, help="manifest generation (default: the newest)")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, default=24, help="samples, spread evenly over the split (default %(default)s)")
     parser.add_argument("--start", type=int, help="show consecutive samples from this one on instead")
@@ -30,13 +32,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.count < 1 or (arguments.start or 0) < 0:
         raise UserError("--count must be at least 1 and --start at least 0", got=f"{arguments.count}, {arguments.start}")
     storage = open_storage(arguments.data_set)
-    manifest = Manifest.load(storage)
-    total = manifest.splits[arguments.split].num_samples
+    manifest, tombstones = Manifest.load(storage, arguments.generation), load(storage)
+    total = num_usable(manifest, arguments.split, tombstones)
     if total <= (arguments.start or 0):
-        raise UserError(f"the {arguments.split} split of {arguments.data_set} has {total} samples", got=f"--start {arguments.start or 0}")
+        without = "" if total == manifest.splits[arguments.split].num_samples else " that were not taken down"
+        raise UserError(f"the {arguments.split} split of {arguments.data_set} has {total} samples{without}", got=f"--start {arguments.start or 0}")
     every = max(1, total // arguments.count) if arguments.start is None else 1
     chosen = []
-    for sample in stored_samples(storage, manifest, arguments.split, every=every, start=arguments.start or 0):
+    for sample in stored_samples(storage, manifest, arguments.split, every=every, start=arguments.start or 0, tombstones=tombstones):
         chosen.append(sample)
         if len(chosen) == arguments.count:
             break
@@ -58,14 +61,16 @@ def main(argv: Sequence[str]) -> int:
 def contact_sheet(samples: Sequence[StoredSample], columns: int = 6) -> Image.Image:
     """Pictures in a grid, captions below them; small pictures are enlarged without smoothing."""
     columns = min(columns, len(samples))
-    height = CELL + CAPTION_LINES * LINE_HEIGHT + 8
-    sheet = Image.new("RGB", (columns * (CELL + 8) + 8, -(-len(samples) // columns) * height + 8), "white")
+    row = CELL + CAPTION_LINES * LINE_HEIGHT + 8
+    sheet = Image.new("RGB", (columns * (CELL + 8) + 8, -(-len(samples) // columns) * row + 8), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for number, sample in enumerate(samples):
-        left, top = 8 + number % columns * (CELL + 8), 8 + number // columns * height
+        left, top = 8 + number % columns * (CELL + 8), 8 + number // columns * row
         with Image.open(io.BytesIO(sample.image)) as opened:
-            method = Image.Resampling.NEAREST if opened.width <= CELL else Image.Resampling.LANCZOS
-            sheet.paste(opened.convert("RGB").resize((CELL, CELL), method), (left, top))
+            longer = max(opened.size)
+            method = Image.Resampling.NEAREST if longer <= CELL else Image.Resampling.LANCZOS
+            width, height = (max(1, round(side * CELL / longer)) for side in opened.size)
+            sheet.paste(opened.convert("RGB").resize((width, height), method), (left + (CELL - width) // 2, top + (CELL - height) // 2))
         for line, text in enumerate(_wrap(sample.caption, draw, font)):
             draw.text((left, top + CELL + 2 + line * LINE_HEIGHT), text, fill="black", font=font)
     return sheet

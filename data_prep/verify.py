@@ -1,21 +1,21 @@
-"""`jetway verify`: every checksum of a data set, and whether its parts agree with each other."""
+"""`jetway verify`: every checksum of a data set, and whether its parts agree with each other.
+
+Manifest against shards, shards against index and sidecar, generations against those they continue, takedowns against the shards they name.
+"""
 
 import argparse
 import hashlib
-import io
-import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import xxhash
 from tqdm import tqdm
 
-from data_prep.images.encode import decode_stored
-from data_prep.process import is_heldout
-from data_prep.schema import Manifest, ShardIndex, ShardInfo, index_path, tar_path
+from configs.errors import UserError
+from data_prep.schema import Manifest, ShardIndex, ShardInfo, generations, manifest_path
 from data_prep.storage import Storage, open_storage
+from data_prep.takedown import stored_rules
+from data_prep.tombstones import FOLDER, Hits, load_files, tombstones_path
+from data_prep.verify_shard import check_shard
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,11 +53,16 @@ def verify(storage: Storage, manifest: Manifest, progress: "tqdm[Any]") -> Itera
         if split.num_samples != sum(shard.num_samples for shard in split.shards):
             yield f"manifest: {name} says {split.num_samples} samples, its shards {sum(shard.num_samples for shard in split.shards)}"
         for shard in split.shards:
-            yield from _check_shard(storage, manifest, name, shard, seen)
+            yield from check_shard(storage, manifest, name, shard, seen)
             progress.update(shard.num_bytes)
     counts = manifest.counts
     if counts.read != counts.kept + sum(counts.dropped.values()):
         yield f"manifest: {counts.read} samples read, but {counts.kept} kept and {sum(counts.dropped.values())} dropped"
+    if counts.kept != sum(split.num_samples for split in manifest.splits.values()):
+        yield f"manifest: {counts.kept} samples kept, but {sum(split.num_samples for split in manifest.splits.values())} in the splits"
+    history = {number: Manifest.load(storage, number) for number in generations(storage)}
+    yield from _check_history(manifest, history)
+    yield from _check_takedowns(storage, history)
 
 
 def _check_tokenizer(storage: Storage, manifest: Manifest) -> Iterator[str]:
@@ -70,87 +75,47 @@ def _check_tokenizer(storage: Storage, manifest: Manifest) -> Iterator[str]:
         yield f"{manifest.tokenizer.file}: sha256 is {found}, the manifest says {manifest.tokenizer.sha256}"
 
 
-def _check_shard(storage: Storage, manifest: Manifest, split: str, shard: ShardInfo, seen: set[bytes]) -> Iterator[str]:
-    path = tar_path(shard.name)
-    index: ShardIndex | None = None
-    try:
-        raw = storage.read_bytes(index_path(shard.name))
-        if hashlib.sha256(raw).hexdigest() != shard.index_sha256:
-            yield f"{index_path(shard.name)}: sha256 differs from the manifest"
-        index = ShardIndex.from_bytes(raw)
-    except FileNotFoundError:
-        yield f"{index_path(shard.name)}: missing"
-    except ValueError as error:
-        yield f"{index_path(shard.name)}: {error}"
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError:
-        yield f"{path}: missing"
+def _check_history(manifest: Manifest, history: Mapping[int, Manifest]) -> Iterator[str]:
+    """Whether the generation continues what it says: its base is there (or was deleted after a compaction), and no key is given twice."""
+    where, base = manifest_path(manifest.generation), manifest.base
+    if base is None:
         return
-    if len(data) != shard.num_bytes:
-        yield f"{path}: {len(data)} bytes, the manifest says {shard.num_bytes}"
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        yield f"{path}: sha256 differs from the manifest"
-    if index is not None:
-        yield from _check_members(data, index, manifest, path)
-        yield from _check_index(index, shard, split, manifest, seen)
+    if base >= manifest.generation:
+        yield f"{where}: continues generation {base}, which is not an older one"
+    elif base not in history:
+        if not any(other.action == "compact" and other.generation > base for other in history.values()):
+            yield f"{where}: continues generation {base}, which is missing"
+    elif history[base].num_planned > manifest.num_planned:
+        yield f"{where}: has numbered {manifest.num_planned} samples, generation {base} {history[base].num_planned}: keys would be given twice"
 
 
-def _check_members(data: bytes, index: ShardIndex, manifest: Manifest, path: str) -> Iterator[str]:
-    """Reads the tar to its end with Python's own reader, and every member against the index."""
-    extensions = (manifest.image.extension, "txt", "json")
-    names = [f"{key.decode()}.{extension}" for key in index.keys for extension in extensions]
-    offsets, sizes, checksums = (array.reshape(-1) for array in (index.offsets, index.sizes, index.xxh3))
+def _check_takedowns(storage: Storage, history: Mapping[int, Manifest]) -> Iterator[str]:
+    """Whether every takedown is whole and fits the shards that it names. (Shards of deleted generations are gone, as they should be.)"""
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            found = [(member.name, member.offset_data, member.size) for member in archive]
-        expected = list(zip(names, offsets.tolist(), sizes.tolist(), strict=True))
-        if found != expected:
-            wrong = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
-            yield f"{path}: its members and the index part ways at member {wrong}" + (f" ({names[wrong]})" if wrong < len(names) else "")
-    except tarfile.TarError as error:
-        yield f"{path}: not readable to its end: {error}"
-    for number, (name, offset, size, checksum) in enumerate(zip(names, offsets, sizes, checksums, strict=True)):
-        member = data[offset : offset + size]
-        if len(member) != size or xxhash.xxh3_64_intdigest(member) != int(checksum):
-            yield f"{path}: member {name} is damaged"
-        elif number % 3 == 0:
-            yield from _check_image(member, manifest, f"{path}: member {name}")
-        elif number % 3 == 2 and (problem := _json_problem(member, index, number // 3)):
-            yield f"{path}: member {name} {problem}"
-
-
-def _check_image(member: bytes, manifest: Manifest, where: str) -> Iterator[str]:
-    resolution, channels = manifest.image.resolution, manifest.image.channels
-    expected = (resolution, resolution) if channels == 1 else (resolution, resolution, channels)
-    try:
-        shape = decode_stored(member).shape
-    except Exception as error:  # whatever a decoder raises on damaged bytes is a finding
-        yield f"{where} does not decode: {type(error).__name__} {error}"
+        files = load_files(storage)
+        stored_rules(storage, files)
+    except UserError as error:
+        yield f"{FOLDER}/: {error}"
         return
-    if shape != expected:
-        yield f"{where} is {shape}, the manifest says {expected}"
+    shards = {shard.name: shard for manifest in history.values() for split in manifest.splits.values() for shard in split.shards}
+    for file in files:
+        where = tombstones_path(file.number)
+        for name, hits in file.shards.items():
+            if name in shards:
+                yield from _check_hits(storage, shards[name], hits, f"{where}: {name}")
+            elif all(number in history for number in file.generations):
+                yield f"{where}: {name} is a shard of no generation"
 
 
-def _json_problem(member: bytes, index: ShardIndex, row: int) -> str:
+def _check_hits(storage: Storage, shard: ShardInfo, hits: Hits, where: str) -> Iterator[str]:
+    if len(hits.rows) != len(hits.keys) or not all(0 <= row < shard.num_samples for row in hits.rows):
+        yield f"{where} does not have the samples that are named"
+        return
     try:
-        values = json.loads(member)
-        same = values["key"] == index.keys[row].decode() and values["sha256"] == index.sha256[row].tobytes().hex()
-    except (ValueError, KeyError, TypeError) as error:
-        return f"is not the JSON of a sample: {error}"
-    return "" if same else "names another key or content hash than the index"
-
-
-def _check_index(index: ShardIndex, shard: ShardInfo, split: str, manifest: Manifest, seen: set[bytes]) -> Iterator[str]:
-    path = index_path(shard.name)
-    if len(index) != shard.num_samples:
-        yield f"{path}: {len(index)} samples, the manifest says {shard.num_samples}"
-    for key in index.keys.tolist():
-        if key in seen:
-            yield f"{path}: key {key.decode()} occurs twice in the data set"
-        seen.add(key)
-    if not manifest.splits["heldout"].shards:
-        return  # everything went to train, whatever its hash
-    heldout = is_heldout(index.sha256, manifest.config["heldout_permille"])
-    for row in np.flatnonzero(heldout != (split == "heldout")).tolist():
-        yield f"{path}: {index.keys[row].decode()} belongs to the other split by its content hash"
+        keys = ShardIndex.load(storage, shard.name, sha256=shard.index_sha256).keys
+    except UserError as error:
+        yield f"{where} cannot be compared: {error.what}"
+        return
+    for row, key in zip(hits.rows, hits.keys, strict=True):
+        if keys[row].decode() != key:
+            yield f"{where}: sample {row} is {keys[row].decode()}, not {key}"
