@@ -25,7 +25,7 @@ from data_prep.images.phash import phash
 from data_prep.lease import only_writer
 from data_prep.schema import Manifest, ShardIndex, ShardInfo, generations, tar_path
 from data_prep.storage import LocalStorage, Storage, open_storage
-from data_prep.takedown_rules import Matcher, Rules
+from data_prep.takedown_rules import DISTANCE, Matcher, Rules
 from data_prep.tombstones import FOLDER, Hits, TombstoneFile, Tombstones, load_files, merge, tombstones_path
 
 NUM_SHARDS_IN_PROCESS = 512

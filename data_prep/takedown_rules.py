@@ -5,7 +5,7 @@ As text, one rule a line, in the form that `filters.takedown` takes as well:
     url https://example.org/a.jpg      this address; http and https are one, a fragment does not count
     domain example.org                 the host and all below it
     sha256 HEX                         the original file's bytes
-    phash HEX 4                        perceptual hashes at most 4 bits away
+    phash HEX 6                        perceptual hashes at most 6 bits away (4 without the number)
     key 0000000012                     one sample of this data set
 """
 
@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 from configs.errors import UserError
 
+DISTANCE = 4
+"""Bits, where a rule gives none."""
 MAX_DISTANCE = 16
 """Bits; at 16 of 64 unrelated pictures begin to match."""
 
@@ -170,7 +172,7 @@ def _checked(kind: str, text: str) -> str | None:
         return text if "://" in text else None
     if kind == "phash":
         value, _, distance = text.partition(" ")
-        distance = distance.strip() or "0"
+        distance = distance.strip() or str(DISTANCE)
         is_good = _HEX["phash"].fullmatch(value.lower()) and distance.isdecimal() and int(distance) <= MAX_DISTANCE
         return f"{value.lower()} {int(distance)}" if is_good else None
     if not text or len(text.split()) != 1:

@@ -39,7 +39,7 @@ def test_text_comes_back_in_one_form() -> None:
         "domain example.org",
         "domain xn--bcher-kva.example",
         f"sha256 {digest.lower()}",
-        f"phash {look.lower()} 0",
+        f"phash {look.lower()} 4",
         f"phash {look.lower()} 7",
         "key 0000000012",
     ]
@@ -77,7 +77,8 @@ def test_each_kind_hits_what_it_names() -> None:
     assert match("domain example.org") == ([n for n in range(30) if n % 3 != 2], {"domain example.org"})
     assert match("domain images.example.org") == ([n for n in range(30) if n % 3 == 1], {"domain images.example.org"})
     assert match("domain ample.org", "domain org.example") == ([], set())
-    assert match(f"phash {facts(3).phash:016x}") == ([3], {f"phash {facts(3).phash:016x} 0"})
+    assert match(f"phash {facts(3).phash:016x} 0") == ([3], {f"phash {facts(3).phash:016x} 0"})
+    assert match(f"phash {facts(3).phash ^ 0b1111:016x}") == ([3], {f"phash {facts(3).phash ^ 0b1111:016x} 4"})
 
 
 @pytest.mark.parametrize("limit", [0, 3, 8, 16])
