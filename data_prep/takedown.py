@@ -317,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(name, dest=f"{kind}_file", type=Path, metavar="FILE", help=text)
     parser.add_argument(
-        "--distance", type=int, default=4, help="bits in which a perceptual hash may differ from one of --phash (default %(default)s)"
+        "--distance", type=int, default=DISTANCE, help="bits in which a perceptual hash may differ from one of --phash (default %(default)s)"
     )
     parser.add_argument("--rules", type=Path, metavar="FILE", help="lines of several kinds, as filters.takedown takes them")
     parser.add_argument("--reason", default="", help="why, to be kept with the takedown")
