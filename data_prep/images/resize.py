@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.config import ImageConfig
 
-_NEAR = 1.2  # up to here an area is hardly more than the two pixels that linear interpolation reads
+_NEAR = 1.3  # up to here an area is hardly more than the two pixels that linear interpolation reads
 _FAR = 3.0  # beyond, the doubled grid would miss pixels
 
 
