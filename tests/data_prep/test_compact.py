@@ -285,3 +285,19 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next(storage: Storage) ->
     assert main([storage.url, "compact", "--delete-old", "--yes"]) == 0
     named = {shard.name for split in Manifest.load(storage).splits.values() for shard in split.shards}
     assert {path.partition("/")[2].partition(".")[0] for path in storage.list("shards/")} == named
+
+
+def test_all_of_it_works_on_an_object_store(s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same bytes as on a local disk."""
+    urls = [f"{s3_url}-history", str(tmp_path / "set")]
+    for url in urls:
+        write_generation(url, range(30))
+        write_generation(url, range(40, 52))
+        takedown([url, *(text for number in sorted(GONE) for text in ("--key", facts(number).key))])
+        assert main([url, "compact", "--delete-old", "--yes"]) == 0
+        assert verify([url]) == 0
+    far, near = map(open_storage, urls)
+    paths = [path for path in near.list() if not path.startswith("leases/")]
+    assert [path for path in far.list() if not path.startswith("leases/")] == paths
+    assert all(far.read_bytes(path) == near.read_bytes(path) for path in paths)
+    assert far.list("leases/") == []

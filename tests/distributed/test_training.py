@@ -22,7 +22,7 @@ from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.config import RunConfig
 from pipeline.import_ import main as import_
 from pipeline.official_files import write_official
-from tests.pipeline.data.conftest import Written, intact, num_pieces, tokenizer_model, write_dataset  # noqa: F401 - fixtures
+from tests.pipeline.data.conftest import WriteDataset, Written, intact, num_pieces, take_down, tokenizer_model, write_dataset  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -153,6 +153,23 @@ def test_evaluation_is_the_same_on_every_layout(run_file: Path, tmp_path: Path) 
         assert [other[name] for name in names] == pytest.approx([again[name] for name in names], rel=1e-5)
         assert other["num_examples"] == 6
     assert again["image_bits"] == pytest.approx(8.5, abs=1.0), "an untrained model is near 8.5 bits"
+
+
+def test_a_takedown_between_two_starts_is_honoured_by_all_ranks(run_file: Path, write_dataset: WriteDataset, tmp_path: Path) -> None:  # noqa: F811
+    data, run = write_dataset(tmp_path / "data"), tmp_path / "run"
+    settings = [str(run_file), f"output_dir={run}", f"data.path={data.path}", "eval.every_steps=2"]
+    codes, errors = finish(start(["-m", "pipeline.train", *settings, "total_steps=2"], 1))
+    assert codes == [0], errors
+    take_down(data.path, train_000001=[0, 2], heldout_000000=[1])
+    codes, errors = finish(start(["-m", "pipeline.train", *settings, "total_steps=4"], 2))
+    assert codes == [0, 0], errors
+    assert "takedown 1 is in force now (none when the checkpoint was saved): 2 of 21 samples of split 'train' are excluded" in errors[0]
+    assert "21 samples, 2 of them taken down (takedown 1)" in errors[0]
+    assert "takedown" not in errors[1]
+    assert [record["num_examples"] for record in records(run, "eval.jsonl")] == [6, 5]
+    assert [session["takedown"] for session in json.loads((run / "provenance.json").read_text())["sessions"]] == [0, 1]
+    with open_checkpoint(CheckpointFolder(run).step_path(4)) as saved:
+        assert saved.state["data"]["takedown"] == 1
 
 
 @pytest.fixture(scope="module")
