@@ -239,11 +239,11 @@ def sampled_task(config: PrepConfig, num_rows: int) -> tuple[int, int, Task]:
         begin += part.count
         if rows:
             chosen.append(replace(part, rows=tuple(rows)))
-    return total, len(plan.tasks), Task(number=0, first_sample=0, slices=tuple(chosen))
+    return total, len(plan.tasks), Task.of(chosen)
 
 
 def _first_row(task: Task) -> Task:
-    return replace(task, slices=tuple(replace(part, rows=part.rows[:1]) for part in task.slices[:1]))
+    return Task.of(replace(part, rows=part.rows[:1]) for part in task.slices[:1])
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

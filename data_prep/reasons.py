@@ -87,6 +87,9 @@ STAGES = {
 }
 """Where on the way from input to data set a sample can be lost, for statistics; the HTTP statuses are `network`."""
 
+CAN_HEAL = ("circuit_open", "connection", "dns", "timeout", "wrong_length", "http_408", "http_429", "5xx")
+"""What `jetway retry` tries again unless told otherwise: the network's failures of the day, not its verdicts."""
+
 _STATUS = re.compile(r"http_(\d{3})$")
 
 

@@ -6,15 +6,18 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from configs.errors import ConfigError, UserError
 from configs.loader import load_config, to_yaml
 from data_prep.config import PrepConfig
-from data_prep.plan import make_plan
-from data_prep.prepare import prepare
-from data_prep.process import finished_parts
+from data_prep.part import measure
+from data_prep.plan import Plan, make_plan
+from data_prep.prepare import growth, prepare, unfinished_plan
+from data_prep.pricing import add_options, options_of, price
 from data_prep.schema import Manifest, generations
+from data_prep.shard import finished_parts
 from data_prep.storage import open_storage
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.embedded:
         _write_embedded(arguments.embedded, Path(config.inputs[0]), arguments.count)
-    manifest, worked = prepare(config)
+    if arguments.plan:
+        found = price(config, partial(measure, config=config), options_of(arguments))
+        print(found.to_json() if arguments.json else found.text())
+        return 0
+    manifest, worked = prepare(config, from_generation=arguments.from_generation)
     if not worked:
         print(f"{config.output} is finished (generation {manifest.generation}): nothing to do")
     print(summary(manifest))
@@ -50,7 +57,7 @@ def configure(settings: Sequence[str], inputs: Sequence[str] | None, output: str
     chosen = output or config.output
     config = replace(
         config,
-        inputs=tuple(os.path.normpath(text) for text in inputs or config.inputs),
+        inputs=tuple(text if "://" in text else os.path.normpath(text) for text in inputs or config.inputs),
         output=chosen if not chosen or "://" in chosen else os.path.normpath(chosen),
     )
     if not config.inputs:
@@ -58,10 +65,14 @@ def configure(settings: Sequence[str], inputs: Sequence[str] | None, output: str
     if not config.output:
         raise ConfigError("no output given", expected="--output DIR, or `output` in the configuration")
     target = Path(config.output).absolute()
-    for source in (Path(text).absolute() for text in config.inputs):
+    for source in (Path(text).absolute() for text in config.inputs if "://" not in text):
         if "://" not in config.output and (target == source or source in target.parents):
             fix = "choose an output outside: it would become input itself"
             raise UserError(f"the output {config.output} lies inside the input {source}", fix=fix)
+    for text in config.inputs:
+        if "://" in text and f"{config.output.rstrip('/')}/".startswith(f"{text.rstrip('/')}/"):
+            fix = "choose an output outside: it would become input itself"
+            raise UserError(f"the output {config.output} lies inside the input {text}", fix=fix)
     return config
 
 
@@ -92,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="data set to write: a folder or s3:// prefix (sets `output`)")
     parser.add_argument("--embedded", choices=("digits", "shapes"), help="first write this embedded set to the input folder, unless it is there")
     parser.add_argument("--count", type=int, default=20_000, help="images of `--embedded shapes` (default %(default)s)")
+    parser.add_argument("--from-generation", type=int, help="add what the inputs have gained to this generation (default: the newest)")
+    add_options(parser)
+    parser.add_argument("--json", action="store_true", help="--plan as one JSON object")
     parser.add_argument("--dry-run", action="store_true", help="list inputs and shards; write nothing")
     return parser
 
@@ -116,17 +130,29 @@ def _print_plan(config: PrepConfig, embedded: str | None) -> None:
     if embedded and not Path(config.inputs[0]).exists():
         print(f"would first write the embedded set {embedded!r} to {config.inputs[0]}, then prepare it to {config.output}")
     else:
-        plan = make_plan(config)
-        samples: Counter[tuple[str, str]] = Counter()
-        for part in (part for task in plan.tasks for part in task.slices):
-            samples[part.kind, part.path] += part.count
-        for (kind, path), number in list(samples.items())[:20]:
-            print(f"input   {kind:<7} {path}: {number:,} samples")
-        if len(samples) > 20:
-            print(f"        and {len(samples) - 20:,} more inputs")
         storage = open_storage(config.output)
-        done = len(finished_parts(storage))
-        num_shards = -(-plan.num_samples // config.samples_per_shard)
-        print(f"tasks   {len(plan.tasks):,}, for about {num_shards:,} shards of {config.samples_per_shard:,} samples")
-        print(f"output  {config.output}: {'finished' if generations(storage) else f'{done:,} tasks are done'}")
+        plan = unfinished_plan(storage)
+        if plan is None and generations(storage):
+            plan = growth(config, storage, None, {})
+        if plan is None and not generations(storage):
+            plan = make_plan(config)
+        _print_tasks(plan, config)
+        state = f"generation {generations(storage)[-1]} is finished" if generations(storage) else "nothing is published yet"
+        done = len(list(finished_parts(storage, plan.generation))) if plan else 0
+        print(f"output  {config.output}: {state}{f', {done:,} tasks of the next are done' if done else ''}")
     print(f"nothing was written; the configuration:\n{to_yaml(config)}", end="")
+
+
+def _print_tasks(plan: Plan | None, config: PrepConfig) -> None:
+    if plan is None:
+        print("input   nothing new")
+        return
+    samples: Counter[tuple[str, str]] = Counter()
+    for part in (span.part for task in plan.tasks for span in task.spans):
+        samples[part.kind, part.path] += len(part.rows) or part.count
+    for (kind, path), number in list(samples.items())[:20]:
+        print(f"input   {kind:<7} {path}: {number:,} samples")
+    if len(samples) > 20:
+        print(f"        and {len(samples) - 20:,} more inputs")
+    num_shards = -(-plan.num_samples // config.samples_per_shard)
+    print(f"tasks   {len(plan.tasks):,}, for about {num_shards:,} shards of {config.samples_per_shard:,} samples")

@@ -285,7 +285,7 @@ class Manifest:
         found = generations(storage)
         if not found:
             expected = "a folder with manifests/000001.json"
-            if storage.exists("plan.json") or storage.list("shards/"):
+            if storage.list("plans/") or storage.list("shards/"):
                 fix = "run the same `jetway prep` again: it finishes what is there"
                 raise UserError(f"{storage.url} holds a half-written data set", expected=expected, fix=fix)
             raise UserError(f"{storage.url} holds no data set", expected=expected, fix="write one with `jetway prep --input PATH --output DIR`")

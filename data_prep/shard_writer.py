@@ -56,6 +56,11 @@ def ustar_header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
+def stored_bytes(*sizes: int) -> int:
+    """Bytes that members of these sizes take in a tar: a header each, and content padded to whole blocks."""
+    return sum(BLOCK + size + -size % BLOCK for size in sizes)
+
+
 class ShardWriter:
     """Builds one shard in a local file, then publishes tar and index.
 
@@ -112,9 +117,7 @@ class ShardWriter:
         """
         if not self._keys:
             raise ValueError(f"{shard} would be empty: readers stumble over empty shards")
-        end = self._position + 2 * BLOCK
-        self._write(bytes(2 * BLOCK + -end % RECORD))
-        self._file.close()
+        self._end()
         index = ShardIndex(
             keys=np.array(self._keys),
             offsets=np.array(self._offsets, dtype=np.int64),
@@ -125,6 +128,16 @@ class ShardWriter:
         storage.put_file(self._path, tar_path(shard, folder), move=True)
         index_sha256 = index.dump(storage, shard, folder=folder)
         return ShardInfo(name=shard, num_samples=len(index), num_bytes=self._position, sha256=self._digest.hexdigest(), index_sha256=index_sha256)
+
+    def publish_tar(self, storage: Storage, path: str) -> None:
+        """Ends the tar and publishes it alone, without an index."""
+        self._end()
+        storage.put_file(self._path, path, move=True)
+
+    def _end(self) -> None:
+        end = self._position + 2 * BLOCK
+        self._write(bytes(2 * BLOCK + -end % RECORD))
+        self._file.close()
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -12,7 +12,7 @@ import xxhash
 from configs.errors import UserError
 from data_prep import metadata
 from data_prep.images.encode import decode_stored
-from data_prep.process import is_heldout
+from data_prep.part import is_heldout
 from data_prep.schema import ImageInfo, Manifest, ShardIndex, ShardInfo, index_path, tar_path
 from data_prep.storage import Storage
 

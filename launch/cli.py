@@ -33,7 +33,8 @@ class Verb:
 
 
 VERBS = (
-    Verb("prep", "data_prep.run", "Data", "turn images and captions into a data set: shards, index, manifest, tokenizer"),
+    Verb("prep", "data_prep.run", "Data", "turn URLs or images, and captions, into a data set: shards, index, manifest, tokenizer"),
+    Verb("retry", "data_prep.retry", "Data", "a second chance for samples that failed, as a new generation of the data set"),
     Verb("verify", "data_prep.verify", "Data", "check every checksum of a data set"),
     Verb("stats", "data_prep.stats", "Data", "histograms of sizes and caption lengths, and why samples were dropped"),
     Verb("peek", "data_prep.peek", "Data", "look at some samples: a contact sheet as PNG"),

@@ -31,7 +31,7 @@ LIBRARY_ROOMS = {
 """Library -> the only rooms that know it. In launch it may stand inside functions alone: see the next test but one."""
 
 VERBS = (
-    *("prep", "verify", "stats", "peek", "card", "generations", "takedown", "tokenizer"),
+    *("prep", "retry", "verify", "stats", "peek", "card", "generations", "takedown", "tokenizer"),
     *("train", "eval", "sample", "caption", "export", "import"),
     *("doctor", "demo"),
 )

@@ -11,7 +11,11 @@ import pytest
 from PIL import Image
 
 from data_prep.config import ImageConfig, PrepConfig, RayConfig, TokenizerConfig
+from data_prep.part import Job, write_part
+from data_prep.plan import make_plan
 from data_prep.prepare import prepare
+from data_prep.schema import ShardInfo
+from data_prep.shard import PartCounts, plan_shards, publish_failures, write_shard
 
 
 def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -28,8 +32,8 @@ def encoded(picture: Image.Image | np.ndarray, format: str = "PNG", **options: A
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray that all tests share: starting one takes seconds."""
+def ray_cluster(s3_url: str) -> Iterator[None]:
+    """A local Ray that all tests share: starting one takes seconds. Its workers inherit the address of the S3 server."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level=logging.ERROR, log_to_driver=False)
@@ -67,6 +71,16 @@ def small_config(source: Path, output: Path, **changes: Any) -> PrepConfig:
     return PrepConfig(**{**settings, **changes})
 
 
+def make_shards(config: PrepConfig) -> list[ShardInfo]:
+    """Parts, ledger and shards of a configuration, one after the other in this process."""
+    job = Job(generation=1)
+    records = [write_part(config, job, task)[0] for task in make_plan(config).tasks]
+    for record in records:
+        publish_failures(config, job, record, False)
+    parts = [PartCounts(name=record.name, num_train=record.kept - record.num_heldout, num_heldout=record.num_heldout) for record in records]
+    return [write_shard(config, job, shard) for shard in plan_shards(parts, config, 1, has_verdicts=False)]
+
+
 @pytest.fixture
 def data_set(make_folder: Callable[..., Path], tmp_path: Path, ray_cluster: None) -> Path:
     """A prepared data set of 30 samples."""
@@ -75,8 +89,9 @@ def data_set(make_folder: Callable[..., Path], tmp_path: Path, ray_cluster: None
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Relative path -> content of every file."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Relative path -> content of every file but the run statistics, whose timings differ from run to run."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path: data for path, data in files.items() if not path.startswith("stats/")}
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from data_prep import metadata
 from data_prep.config import identity, identity_hash
 from data_prep.images.phash import phash
 from data_prep.metadata import Facts
-from data_prep.process import is_heldout
+from data_prep.part import is_heldout
 from data_prep.schema import SPLITS, TOKENIZER_FILE, Counts, ImageInfo, Manifest, ShardInfo, Split, TokenizerInfo, shard_name
 from data_prep.shard_writer import Sample, ShardWriter
 from data_prep.storage import Storage, open_storage

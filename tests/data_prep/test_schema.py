@@ -105,7 +105,7 @@ def test_missing_and_half_written_data_sets_are_told_apart(tmp_path: Path) -> No
     with pytest.raises(UserError, match="holds no data set"):
         Manifest.load(open_storage(tmp_path / "nothing"))
     storage = open_storage(tmp_path)
-    storage.put_bytes("plan.json", b"{}")
+    storage.put_bytes("plans/000001.json", b"{}")
     with pytest.raises(UserError, match="half-written"):
         Manifest.load(storage)
 

@@ -9,11 +9,9 @@ import pytest
 from configs.errors import UserError
 from data_prep.config import TokenizerConfig
 from data_prep.embedded.digits import prompts
-from data_prep.plan import make_plan
-from data_prep.process import plan_shards, write_part, write_shard
 from data_prep.storage import open_storage
 from data_prep.tokenizer import load, main, sample_captions, train
-from tests.data_prep.conftest import small_config
+from tests.data_prep.conftest import make_shards, small_config
 
 CAPTIONS = [prompt for digit in range(10) for prompt in prompts(digit)] * 5
 SMALL = TokenizerConfig(vocab_size=512, num_threads=2)
@@ -65,8 +63,7 @@ def test_foreign_models_are_refused() -> None:
 
 def test_the_sample_is_chosen_by_content_and_holds_the_asked_number(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     config = small_config(make_folder(30), tmp_path / "set")
-    parts = [write_part(config, task) for task in make_plan(config).tasks]
-    train_shards = [write_shard(config, shard) for shard in plan_shards(parts, config) if not shard.is_heldout]
+    train_shards = [shard for shard in make_shards(config) if shard.name.startswith("train")]
     storage = open_storage(tmp_path / "set")
     everything, some = sample_captions(storage, train_shards, 1000), sample_captions(storage, train_shards, 7)
     assert len(everything) == sum(shard.num_samples for shard in train_shards)
