@@ -73,6 +73,7 @@ def build_generation(config: PrepConfig, plan: Plan, storage: Storage, lease: Le
             _give_up(config, job, plan, records, storage)
         digests = _find_duplicates(config, records, base)
         duplicates = _publish_failures(config, job, records)
+        stats = _without(stats, duplicates)
         counts = _count(config, records)
         splits = _make_shards(config, job, plan_shards(counts, config, plan.generation, has_verdicts=config.dedup.is_on), storage)
         splits = _joined(base, splits)
@@ -157,13 +158,19 @@ def _find_duplicates(config: PrepConfig, records: Sequence[PartRecord], base: Ma
     return dict(find_duplicates(config, [record.name for record in records if record.kept], shards).digests)
 
 
-def _publish_failures(config: PrepConfig, job: Job, records: Sequence[PartRecord]) -> Counter[str]:
-    """Puts the failures in their place; returns the duplicates by reason."""
-    duplicates: Counter[str] = Counter()
+def _publish_failures(config: PrepConfig, job: Job, records: Sequence[PartRecord]) -> PartStats:
+    """Puts the failures in their place; returns statistics of the duplicates."""
+    duplicates = PartStats()
     wanted = [record for record in records if record.dropped or (config.dedup.is_on and record.kept)]
     for found in run_tasks(publish_failures, ((config, job, record, config.dedup.is_on) for record in wanted), config.ray):
-        duplicates.update(found)
+        duplicates = run_stats.merge(duplicates, found)
     return duplicates
+
+
+def _without(stats: PartStats, duplicates: PartStats) -> PartStats:
+    """The statistics with the duplicates, which the tasks counted as kept, among what was dropped."""
+    both = run_stats.merge(stats, duplicates)
+    return replace(both, num_parts=stats.num_parts, read=stats.read, kept=stats.kept - duplicates.read)
 
 
 def _count(config: PrepConfig, records: Sequence[PartRecord]) -> list[PartCounts]:
@@ -221,13 +228,13 @@ def _make_tokenizer(config: PrepConfig, splits: dict[str, Split]) -> TokenizerIn
     return tokenizer
 
 
-def _counts(base: Manifest | None, plan: Plan, records: Sequence[PartRecord], duplicates: Counter[str], *, kept: int) -> Counts:
+def _counts(base: Manifest | None, plan: Plan, records: Sequence[PartRecord], duplicates: PartStats, *, kept: int) -> Counts:
     """Of everything read so far; a second-chance pass reads nothing new, it moves samples from dropped to kept."""
     dropped = Counter(base.counts.dropped if base else {})
     for record in records:
         dropped.update(record.dropped)
         dropped.subtract(record.retried)
-    dropped.update(duplicates)
+    dropped.update(duplicates.dropped)
     new = 0 if plan.action == "retry" else sum(record.read for record in records)
     return Counts(
         read=(base.counts.read if base else 0) + new,

@@ -19,6 +19,7 @@ from data_prep.config import PrepConfig
 from data_prep.dedup.run import verdicts
 from data_prep.ledger import Failure
 from data_prep.part import PARTS, Job, PartRecord, dropped_path, failures_path, is_heldout
+from data_prep.run_stats import PartCollector, PartStats
 from data_prep.schema import ShardIndex, ShardInfo, tar_path
 from data_prep.shard_writer import Sample, ShardWriter
 from data_prep.storage import Storage, open_storage, writing
@@ -67,25 +68,25 @@ def count_part(config: PrepConfig, name: str) -> PartCounts:
     return PartCounts(name=name, num_train=int(kept.sum() - heldout.sum()), num_heldout=int(heldout.sum()))
 
 
-def publish_failures(config: PrepConfig, job: Job, record: PartRecord, has_verdicts: bool) -> dict[str, int]:
-    """Moves the failures of a part (and its dropped images) to their place, with its duplicates added; returns the duplicates by reason."""
+def publish_failures(config: PrepConfig, job: Job, record: PartRecord, has_verdicts: bool) -> PartStats:
+    """Moves the failures of a part (and its dropped images) to their place, with its duplicates added; returns statistics of the duplicates."""
     storage = open_storage(config.output)
     failures: list[Failure] = []
     if sum(record.dropped.values()):
         path = failures_path(record.name)
         failures = ledger.from_bytes(storage.read_bytes(path), f"{storage.url}/{path}")
-    duplicates: dict[str, int] = {}
+    collector = PartCollector()
     if has_verdicts and record.kept:
         facts = metadata.load(storage, record.name, columns=["key", "source", "url"], folder=PARTS)
         for row, reason, detail in verdicts(storage, record.name)[1]:
             key, source, url = (facts[column][row].as_py() for column in ("key", "source", "url"))
             failures.append(Failure(number=int(key), source=source, url=url, reason=reason, detail=detail))
-            duplicates[reason] = duplicates.get(reason, 0) + 1
+            collector.dropped(reason, detail, url=url or None)
     if failures:
         storage.put_bytes(ledger.ledger_path(job.generation, record.number), ledger.to_bytes(failures))
     if config.keep_dropped and storage.exists(dropped_path(record.name)):
         storage.put_bytes(f"dropped/{job.generation:06d}/part-{record.number:06d}.tar", storage.read_bytes(dropped_path(record.name)))
-    return duplicates
+    return collector.finish()
 
 
 def plan_shards(parts: Sequence[PartCounts], config: PrepConfig, generation: int, *, has_verdicts: bool) -> list[ShardPlan]:
