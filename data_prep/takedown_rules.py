@@ -10,7 +10,7 @@ As text, one rule a line, in the form that `filters.takedown` takes as well:
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +26,8 @@ MAX_DISTANCE = 16
 """Bits; at 16 of 64 unrelated pictures begin to match."""
 
 _HEX = {"sha256": re.compile(r"[0-9a-f]{64}"), "phash": re.compile(r"[0-9a-f]{16}")}
+_SIMPLE_URL = re.compile(r"https?(://[a-z0-9-]+(?:\.[a-z0-9-]+)*/[^\s#]*[^\s#?])")
+_HOST = re.compile(r"://([^/:?#]*)")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -84,7 +86,9 @@ class Matcher:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self._urls = {normal_url(text): text for text in rules.url}
+        self._keys = {text: f"key {text}" for text in rules.key}
+        self._sha256 = {bytes.fromhex(text): f"sha256 {text}" for text in rules.sha256}
+        self._urls = {normal_url(text): f"url {text}" for text in rules.url}
         self._domains = frozenset(rules.domain)
         parts = [text.split() for text in rules.phash]
         self._hashes = np.array([int(text, 16) for text, _ in parts], dtype=np.uint64)
@@ -94,32 +98,29 @@ class Matcher:
         """The rows of a `pyarrow.Table` with the columns `Rules.columns` that any rule hits, ascending, and the rules that hit (as lines)."""
         hit = np.zeros(table.num_rows, dtype=bool)
         used: set[str] = set()
-        if self.rules.key:
-            self._match_values(table.column("key"), "key", list(self.rules.key), hit, used)
-        if self.rules.sha256:
-            self._match_values(table.column("sha256"), "sha256", [bytes.fromhex(text) for text in self.rules.sha256], hit, used)
+        if self._keys:
+            self._match_values(table.column("key"), self._keys, hit, used)
+        if self._sha256:
+            self._match_values(table.column("sha256"), self._sha256, hit, used)
         if self._urls or self._domains:
             self._match_addresses(table.column("url").to_pylist(), hit, used)
         if len(self._hashes):
             self._match_hashes(table.column("phash").to_numpy(), hit, used)
         return np.flatnonzero(hit), used
 
-    def _match_values(self, column: Any, kind: str, values: Sequence[str | bytes], hit: npt.NDArray[np.bool_], used: set[str]) -> None:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        mask = pc.is_in(column, value_set=pa.array(values, type=column.type))
-        hit |= mask.to_numpy(zero_copy_only=False) if isinstance(mask, pa.Array) else mask.to_numpy()
-        used.update(f"{kind} {value.hex() if isinstance(value, bytes) else value}" for value in column.filter(mask).to_pylist())
+    def _match_values(self, column: Any, wanted: Mapping[Any, str], hit: npt.NDArray[np.bool_], used: set[str]) -> None:
+        for row, value in enumerate(column.to_pylist()):
+            if value in wanted:
+                hit[row] = True
+                used.add(wanted[value])
 
     def _match_addresses(self, addresses: Sequence[str], hit: npt.NDArray[np.bool_], used: set[str]) -> None:
         for row, address in enumerate(addresses):
-            if not address:
-                continue
-            if self._urls and (given := self._urls.get(normal_url(address))) is not None:
+            normal = normal_url(address)
+            if (rule := self._urls.get(normal)) is not None:
                 hit[row] = True
-                used.add(f"url {given}")
-            if self._domains and (domain := domain_among(address, self._domains)) is not None:
+                used.add(rule)
+            if self._domains and (domain := domain_among(normal, self._domains)) is not None:
                 hit[row] = True
                 used.add(f"domain {domain}")
 
@@ -132,7 +133,9 @@ class Matcher:
 
 
 def normal_url(text: str) -> str:
-    """An address in the form in which two are compared: without fragment, default port and the difference of http and https."""
+    """An address in the form in which two are compared: without fragment, user, default port and the difference of http and https."""
+    if (simple := _SIMPLE_URL.fullmatch(text)) is not None:
+        return f"http{simple[1]}"  # most are in that form already, and this takes a tenth of the time
     try:
         parts = urlsplit(text.strip())
         port = parts.port
@@ -145,14 +148,15 @@ def normal_url(text: str) -> str:
     return f"{scheme}://{host}{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
 
 
-def domain_among(address: str, domains: frozenset[str]) -> str | None:
-    """The longest of `domains` that the host of `address` is or lies below; None if there is none."""
-    try:
-        host = urlsplit(address.strip()).hostname
-    except ValueError:
-        return None
-    labels = _ascii_host(host or "").split(".")
-    return next((domain for start in range(len(labels)) if (domain := ".".join(labels[start:])) in domains), None)
+def domain_among(normal: str, domains: frozenset[str]) -> str | None:
+    """The longest of `domains` that the host of an address in its `normal_url` form is or lies below; None if there is none."""
+    found = _HOST.search(normal)
+    host = found[1] if found else ""
+    while host:
+        if host in domains:
+            return host
+        host = host.partition(".")[2]
+    return None
 
 
 def _ascii_host(host: str) -> str:

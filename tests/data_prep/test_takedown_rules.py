@@ -1,6 +1,7 @@
 """Rules of a takedown: read from text, and compared with tables."""
 
 import hashlib
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -128,7 +129,23 @@ def test_addresses_are_compared_in_one_form(text: str, same: str) -> None:
 
 def test_the_longest_domain_is_named() -> None:
     domains = frozenset(("org", "example.org"))
-    assert domain_among("https://www.example.org/x", domains) == "example.org"
-    assert domain_among("https://example.com/org", domains) is None
-    assert domain_among("http://[broken/", domains) is None
-    assert domain_among("", frozenset(("",))) is None or domain_among("", domains) is None
+    assert domain_among(normal_url("https://www.example.org/x"), domains) == "example.org"
+    assert domain_among(normal_url("HTTP://user@Example.ORG:81"), domains) == "example.org"
+    assert domain_among(normal_url("https://example.com/org"), domains) is None
+    assert domain_among(normal_url("https://example.com/?http://example.org/"), domains) is None
+    for text in ("http://[broken/", "", "example.org"):
+        assert domain_among(normal_url(text), domains) is None
+
+
+def test_the_quick_form_is_the_thorough_one() -> None:
+    from data_prep import takedown_rules
+
+    addresses = [f"{scheme}://{host}{path}" for scheme in ("http", "https") for host in HOSTS for path in PATHS]
+    quick = [normal_url(address) for address in addresses]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(takedown_rules, "_SIMPLE_URL", re.compile(r"(?!)(.)"))
+        assert [normal_url(address) for address in addresses] == quick
+
+
+HOSTS = ("example.org", "a-1.example.org", "localhost", "example.org.", "Example.org", "example.org:80", "example.org:8080", "u:p@example.org")
+PATHS = ("", "/", "/a", "/a/", "/a?b=c", "/a?", "/a#b", "/A%20b?x=/y", "?b", "//x", "/a b")
