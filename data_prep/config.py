@@ -243,7 +243,7 @@ class RayConfig:
     """Where the work runs. Changes nothing about the result."""
 
     address: str | None = None
-    """Address of a running cluster (`auto`, `ray://HOST:10001`); None starts Ray on this machine."""
+    """`auto` or HOST:PORT of a running cluster that this machine belongs to; None starts Ray on this machine."""
     num_cpus: int | None = None
     """CPUs of the local Ray; None: all that this process may use."""
     max_in_flight: int | None = None
@@ -251,7 +251,10 @@ class RayConfig:
     memory_per_task_bytes: int = 1 * 2**30
     """What one task may use above an idle worker: bounds the bytes being downloaded and the pictures that may be decoded."""
     straggler_factor: float = 3.0
-    """A task that takes this many times the median of the finished ones gets a second copy elsewhere; the first to finish counts."""
+    """A task that takes this many times the median of the finished ones gets a second copy elsewhere; the first to finish counts.
+
+    After ten times that it is stopped and started again, once.
+    """
     straggler_min_s: float = 60.0
     """No second copy before this many seconds."""
 
