@@ -81,7 +81,7 @@ class BodyReader:
                 self._ask_judge(first if len(first) >= self._header_bytes or more is None else more.getvalue(), size, response.status)
             if content.at_eof():
                 break
-            if received >= self._max_bytes:  # only where the rest is cut off
+            if self._cuts and received >= self._max_bytes:
                 response.close()
                 return (first if more is None else more.getvalue())[: self._max_bytes]
         if decode is not None and not decode.is_complete:

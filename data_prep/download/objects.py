@@ -83,12 +83,12 @@ class ObjectReader:
 
                 options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
                 if scheme in ("s3", "s3a"):
-                    options["config_kwargs"] = {
-                        "connect_timeout": self._timeout_s,
-                        "read_timeout": self._timeout_s,
-                        "max_pool_connections": NUM_THREADS,
-                    }
-                self._stores[scheme] = fsspec.filesystem(scheme, **options)
+                    limits = {"connect_timeout": self._timeout_s, "read_timeout": self._timeout_s}
+                    options["config_kwargs"] = {**limits, "max_pool_connections": NUM_THREADS, "retries": {"max_attempts": 0}}
+                store = fsspec.filesystem(scheme, **options)
+                if hasattr(store, "retries"):  # s3fs: we do that ourselves, counted and with jitter
+                    store.retries = 1
+                self._stores[scheme] = store
             except (ImportError, ValueError) as error:
                 raise UserError(
                     f"cannot open {scheme}:// addresses", got=error, fix='pip install "jetway[s3]", or remove them from the inputs'

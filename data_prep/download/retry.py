@@ -21,7 +21,6 @@ class Failed(Exception):  # noqa: N818 - a verdict about one address, not an err
         retry_after_s: how long the server asks to be left alone; None if it does not say.
         is_final: it will not heal although its reason may.
         is_unreachable: nothing listens there, which says something about the whole host and not only this address.
-        is_secondhand: it was noticed earlier, by another request; nothing was asked this time.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class Failed(Exception):  # noqa: N818 - a verdict about one address, not an err
         retry_after_s: float | None = None,
         is_final: bool = False,
         is_unreachable: bool = False,
-        is_secondhand: bool = False,
     ) -> None:
         super().__init__(reason, detail)
         self.reason = reason
@@ -42,7 +40,6 @@ class Failed(Exception):  # noqa: N818 - a verdict about one address, not an err
         self.retry_after_s = retry_after_s
         self.is_final = is_final
         self.is_unreachable = is_unreachable
-        self.is_secondhand = is_secondhand
 
     @property
     def can_heal(self) -> bool:

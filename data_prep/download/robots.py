@@ -34,9 +34,9 @@ class Rules:
     def check(self, url: URL) -> None:
         """Raises `Failed` if `url` may not be asked for."""
         if self.refusal is not None:
-            raise Failed(*self.refusal, is_final=True, is_secondhand=True)
+            raise Failed(*self.refusal, is_final=True)
         if self.parser is not None and not self.parser.can_fetch(str(url), PRODUCT):
-            raise Failed("robots", f"disallowed by {origin_of(url)}/robots.txt", is_final=True, is_secondhand=True)
+            raise Failed("robots", f"disallowed by {origin_of(url)}/robots.txt", is_final=True)
 
 
 EVERYTHING = Rules()

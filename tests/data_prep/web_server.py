@@ -107,6 +107,7 @@ class WebServer:
     Attributes:
         log: every request in the order of arrival, robots.txt and favicons included, without those to `/_...`.
         peak: Host header -> the most requests that were unanswered at the same time; give the server a `delay_s` to see it.
+        peak_total: the same over all hosts.
     """
 
     def __init__(self, pages: Mapping[str, bytes] | Path | str, **options: Any) -> None:
@@ -116,6 +117,7 @@ class WebServer:
         self.faults: dict[str, Fault] = {}
         self.log: list[Entry] = []
         self.peak: Counter[str] = Counter()
+        self.peak_total = 0
         self.open: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.num_connections = 0
@@ -178,7 +180,7 @@ class WebServer:
 
     def stats(self) -> dict[str, Any]:
         """What `/_stats` answers."""
-        return {"num_requests": len(self.log), "num_connections": self.num_connections, "peak": dict(self.peak)}
+        return {"num_requests": len(self.log), "num_connections": self.num_connections, "peak": dict(self.peak), "peak_total": self.peak_total}
 
     def control(self, path: str) -> bytes:
         """Answers `/_heal`, `/_log` and `/_stats`, with which another process asks the same as the methods."""
@@ -251,6 +253,7 @@ class _Connection(asyncio.Protocol):
         server.asked[target] += 1
         server.open[host] += 1
         server.peak[host] = max(server.peak[host], server.open[host])
+        server.peak_total = max(server.peak_total, server.open.total())
         fault = server.fault_of(path, query, nth)
         low, high = server.options.delay_s
         if path == "/robots.txt":
@@ -351,6 +354,8 @@ class _Connection(asyncio.Protocol):
     async def endless(self, fault: Fault, path: str, query: str) -> None:
         self.transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
         for _ in range(fault.size // 2**14):
+            if self.transport.is_closing():
+                return
             self.transport.write(b"\xff" * 2**14)
             while self.transport.get_write_buffer_size() and not self.transport.is_closing():
                 await asyncio.sleep(0.001)

@@ -1,5 +1,6 @@
 import asyncio
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_no_request_is_sent_while_many_bodies_wait() -> None:
         entering = asyncio.ensure_future(budget.admit())
         await settle()
         assert not entering.done()
-        woken = []
+        woken: list[Callable[[], None]] = []
         for claim in ready:
             budget.take(claim, woken.append)
         assert len(woken) >= 1, "the consumer took everything and woke nobody"

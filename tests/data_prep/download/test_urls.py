@@ -30,7 +30,17 @@ def test_what_can_be_asked_for(text: str, url: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "   ", "example.org/a.jpg", "//example.org/a", "http://", "http:///a.jpg", "http://?q", "http://example.org:99999/", "http://example.org:x/"),
+        *(
+            "",
+            "   ",
+            "example.org/a.jpg",
+            "//example.org/a",
+            "http://",
+            "http:///a.jpg",
+            "http://?q",
+            "http://example.org:99999/",
+            "http://example.org:x/",
+        ),
         *("ftp://example.org/a", "file:///etc/passwd", "data:image/png;base64,AAAA", "javascript://x/y", "memory://a/b", "s3://bucket", "s3:///key"),
         *("http://[::1/", "http://exa mple.org/", "http://" + "a" * 20_000, "http://example.org:0/"),
     ],
