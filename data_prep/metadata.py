@@ -100,6 +100,7 @@ def load(storage: Storage, name: str, *, columns: Sequence[str] | None = None, s
     if sha256 and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise UserError(f"{where} is damaged", got=f"sha256 {found}", expected=sha256, fix=fix)
     try:
-        return pq.read_table(io.BytesIO(data), columns=list(columns) if columns is not None else None)
+        # Without threads: one of pyarrow's that still lets go of a Python object while the interpreter ends aborts the process.
+        return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=list(columns) if columns is not None else None, use_threads=False)
     except pa.ArrowInvalid as error:
         raise UserError(f"{where} is damaged", got=error, fix=fix) from None
