@@ -28,8 +28,8 @@ MAX_DEATHS = 3
 """Workers that one task may take with it."""
 MAX_LOST_NODES = 20
 """Nodes that may vanish under one task: machines of the spot market do."""
-DEADLINE_FACTOR = 10
-"""A task is stopped after this many times the age at which it gets a second copy."""
+DEADLINE_FACTORS = (10, 40)
+"""A task is stopped after this many times the age at which it gets a second copy: at first, and the second time, which ends the job."""
 TASKS_PER_WORKER = 100
 """After these a worker process is replaced, which bounds what libraries leak. Costs about a second of one CPU."""
 
@@ -220,7 +220,7 @@ class _Run(Generic[Result]):
         has_room = all(copy.started is not None for _, copy in self._owners.values())
         for task in sorted(tasks, key=lambda task: task.number):
             age = now - (task.started or now)
-            if age > DEADLINE_FACTOR * limit:
+            if age > DEADLINE_FACTORS[task.was_stopped] * limit:
                 self._stop(task, age)
             elif age > limit and not task.has_second and has_room and self._ray.available_resources().get("CPU", 0) >= 1:
                 logger.info("%s task %d has taken %.0f s on %s: starting a second copy", self._name, task.number, age, task.copies[0].where)

@@ -47,8 +47,12 @@ class Storage(ABC):
         """Publishes a local file under `path` atomically; with `move` the local file is gone afterwards."""
 
     @abstractmethod
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        """Paths of the finished objects whose path starts with `prefix`, in any order, as they are found."""
+
     def list(self, prefix: str = "") -> list[str]:
         """Sorted paths of the finished objects whose path starts with `prefix`; empty if there are none."""
+        return sorted(self.walk(prefix))
 
     @abstractmethod
     def exists(self, path: str) -> bool:
@@ -57,6 +61,10 @@ class Storage(ABC):
     @abstractmethod
     def size(self, path: str) -> int:
         """Bytes of the object."""
+
+    @abstractmethod
+    def stamp(self, path: str) -> str:
+        """Another text whenever the object was written anew: of its size and time, or its entity tag."""
 
     @abstractmethod
     def delete_many(self, paths: Iterable[str]) -> None:

@@ -32,11 +32,14 @@ class Client(Protocol):
     def put_file(self, local: Path, path: str) -> None:
         """Publishes a local file atomically; a failed upload leaves nothing behind."""
 
-    def list(self, folder: str) -> Sequence[str]:
+    def walk(self, folder: str) -> Iterator[str]:
         """Paths of all objects below a folder (empty: all), in any order."""
 
     def size(self, path: str) -> int:
         """Bytes of the object."""
+
+    def stamp(self, path: str) -> str:
+        """See `Storage.stamp`."""
 
     def delete_many(self, paths: Sequence[str]) -> None:
         """Removes the objects, whether they are there or not."""
@@ -96,15 +99,17 @@ class FsspecClient:
     def put_file(self, local: Path, path: str) -> None:
         self._fs.put_file(str(local), self._path(path), **self._parts)
 
-    def list(self, folder: str) -> Sequence[str]:
-        found = self._fs.find(f"{self._root}/{folder}" if folder else self._root)
-        return [path[len(self._root) :].lstrip("/") for path in found]
+    def walk(self, folder: str) -> Iterator[str]:
+        for path in self._fs.find(f"{self._root}/{folder}" if folder else self._root):
+            yield path[len(self._root) + 1 :]
 
     def size(self, path: str) -> int:
-        details = self._fs.info(self._path(path))
-        if details["type"] != "file":
-            raise FileNotFoundError(path)
-        return int(details["size"])
+        return int(self._details(path)["size"])
+
+    def stamp(self, path: str) -> str:
+        details = self._details(path)
+        newness = next((details[name] for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if details.get(name)), "")
+        return f"{details['size']}-{newness}".replace('"', "")
 
     def delete_many(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -130,6 +135,12 @@ class FsspecClient:
             if not page.get("IsTruncated"):
                 return
             markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _details(self, path: str) -> dict[str, Any]:
+        details: dict[str, Any] = self._fs.info(self._path(path))
+        if details["type"] != "file":
+            raise FileNotFoundError(path)
+        return details
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"

@@ -59,21 +59,25 @@ class LocalStorage(Storage):
             else:
                 shutil.copyfile(local, temporary)
 
-    def list(self, prefix: str = "") -> list[str]:
-        folder = self.root / prefix.rpartition("/")[0]
-        found = []
-        for parent, folders, files in os.walk(folder):
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        for parent, folders, files in os.walk(self.root / prefix.rpartition("/")[0]):
             if TEMPORARY in folders:
                 folders.remove(TEMPORARY)
             relative = Path(parent).relative_to(self.root)
-            found += [(relative / name).as_posix() for name in files]
-        return sorted(path for path in found if path.startswith(prefix))
+            for name in files:
+                path = (relative / name).as_posix()
+                if path.startswith(prefix):
+                    yield path
 
     def exists(self, path: str) -> bool:
         return self._path(path).is_file()
 
     def size(self, path: str) -> int:
         return self._path(path).stat().st_size
+
+    def stamp(self, path: str) -> str:
+        status = self._path(path).stat()
+        return f"{status.st_size}-{status.st_mtime_ns}"
 
     def delete_many(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -89,8 +93,10 @@ class LocalStorage(Storage):
         shutil.rmtree(self.root / TEMPORARY, ignore_errors=True)
 
     def remove_empty(self, folder: str) -> None:
-        with suppress(OSError):
-            self._path(folder.rstrip("/")).rmdir()
+        """Removes a folder and those below it, as far as they hold nothing any more; leaves any others alone."""
+        for parent, _, _ in os.walk(self._path(folder.rstrip("/")), topdown=False):
+            with suppress(OSError):
+                os.rmdir(parent)
 
     def _path(self, path: str) -> Path:
         return self.root / checked(path)

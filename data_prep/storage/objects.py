@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import UserError
@@ -63,13 +63,13 @@ class ObjectStorage(Storage):
         if move:
             Path(local).unlink()
 
-    def list(self, prefix: str = "") -> list[str]:
-        try:
-            with self._reaching():
-                found = self.client.list(prefix.rpartition("/")[0])
-        except FileNotFoundError:
-            return []
-        return sorted(path for path in found if path.startswith(prefix))
+    def walk(self, prefix: str = "") -> Iterator[str]:
+        """See `Storage.walk`. Keys that name nothing below a folder (`a//b`, `a/../b`) are passed over."""
+        folder = prefix.rpartition("/")[0]
+        with suppress(FileNotFoundError), self._reaching():
+            for path in self.client.walk(folder):
+                if path.startswith(prefix) and not any(part in ("", ".", "..") for part in path.split("/")):
+                    yield path
 
     def exists(self, path: str) -> bool:
         try:
@@ -81,6 +81,10 @@ class ObjectStorage(Storage):
     def size(self, path: str) -> int:
         with self._reaching():
             return self.client.size(checked(path))
+
+    def stamp(self, path: str) -> str:
+        with self._reaching():
+            return self.client.stamp(checked(path))
 
     def delete_many(self, paths: Iterable[str]) -> None:
         if names := [checked(path) for path in paths]:

@@ -6,10 +6,12 @@ one that used obstore already (its threads did not come along), s3fs serves inst
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar
+
+from data_prep.storage.clients import FsspecClient
 
 _ATTEMPTS = 4
 _MAX_PARTS = 10_000
@@ -25,15 +27,17 @@ class S3Client:
     _runtime_pid: ClassVar[int | None] = None
     """The process in which obstore started its threads."""
 
-    def __init__(self, store: Any, part_bytes: int) -> None:
+    def __init__(self, url: str, store: Any, part_bytes: int) -> None:
         """
         Args:
-            store: an `obstore.store.S3Store`.
+            url: `s3://BUCKET/PREFIX`.
+            store: an `obstore.store.S3Store` of it.
             part_bytes: size of the parts of a large upload.
         """
         import obstore
 
         self._api: Any = obstore
+        self._url = url
         self._store = store
         self._part_bytes = part_bytes
 
@@ -56,7 +60,7 @@ class S3Client:
             return None
         cls._runtime_pid = os.getpid()
         bucket, _, prefix = rest.partition("/")
-        return cls(S3Store(bucket, prefix=prefix or None, **settings), part_bytes)
+        return cls(url, S3Store(bucket, prefix=prefix or None, **settings), part_bytes)
 
     def get(self, path: str) -> bytes:
         return bytes(self._api.get(self._store, path).bytes())
@@ -98,11 +102,29 @@ class S3Client:
 
         _again(send)
 
-    def list(self, folder: str) -> Sequence[str]:
-        return [item["path"] for chunk in self._api.list(self._store, folder or None) for item in chunk]
+    def walk(self, folder: str) -> Iterator[str]:
+        from obstore.exceptions import GenericError, InvalidPathError
+
+        last = ""
+        try:
+            for chunk in self._api.list(self._store, folder or None):
+                for item in chunk:
+                    yield item["path"]
+                    last = item["path"]
+        except (GenericError, InvalidPathError) as error:
+            if "invalid path" not in str(error):
+                raise
+            # One key that obstore cannot spell (`a//b`) spoils its whole listing. S3 lists in the order of the bytes.
+            for path in FsspecClient(self._url, self._part_bytes).walk(folder):
+                if path.encode() > last.encode():
+                    yield path
 
     def size(self, path: str) -> int:
         return int(self._api.head(self._store, path)["size"])
+
+    def stamp(self, path: str) -> str:
+        details = self._api.head(self._store, path)
+        return f"{details['size']}-{details['e_tag'] or details['last_modified']}".replace('"', "")
 
     def delete_many(self, paths: Sequence[str]) -> None:
         _again(lambda: self._api.delete(self._store, paths))

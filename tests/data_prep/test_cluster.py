@@ -63,7 +63,7 @@ def test_a_task_that_waits_for_a_cpu_is_no_straggler(tmp_path: Path) -> None:
 
 
 def test_a_task_that_always_hangs_ends_the_job_with_its_inputs_named(tmp_path: Path) -> None:
-    config = RayConfig(straggler_min_s=0.2, straggler_factor=1)
+    config = RayConfig(straggler_min_s=0.1, straggler_factor=1)
     arguments = [(tmp_path, number, "hang" if number == 5 else "work") for number in range(6)]
     with pytest.raises(UserError, match=r"run task 5 did not end[\s\S]*'hang'"):
         list(run_tasks(run, arguments, config))

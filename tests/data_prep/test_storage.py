@@ -88,6 +88,29 @@ def test_unusual_names_are_kept(storage: Storage) -> None:
     assert [storage.read_bytes(name).decode() for name in names] == names
 
 
+def test_the_stamp_tells_one_version_from_the_next(storage: Storage) -> None:
+    stamps = []
+    for data in (b"one", b"two"):
+        storage.put_bytes("a", data)
+        stamps += [storage.stamp("a"), storage.stamp("a")]
+    assert stamps[0] == stamps[1] != stamps[2] == stamps[3]
+    assert stamps[0].startswith("3-")
+    with pytest.raises(FileNotFoundError):
+        storage.stamp("b")
+
+
+@pytest.mark.parametrize("use_obstore", [True, False])
+def test_keys_that_are_no_paths_do_not_spoil_a_listing(s3_url: str, tmp_path: Path, use_obstore: bool) -> None:
+    import boto3
+
+    client, keys = boto3.client("s3"), ("a.jpg", "a//b.jpg", "folder/", "c/../d.jpg", "e/./f.jpg", "tab\tg.jpg", "z.jpg")
+    for key in keys:
+        client.put_object(Bucket="bucket", Key=f"some/set/{tmp_path.name}/{key}", Body=key.encode())
+    storage = ObjectStorage(f"{s3_url}/{tmp_path.name}", use_obstore=use_obstore)
+    assert storage.list() == ["a.jpg", "tab\tg.jpg", "z.jpg"]
+    assert [storage.read_bytes(path).decode() for path in storage.list()] == storage.list()
+
+
 def test_only_the_first_put_new_counts(storage: Storage) -> None:
     assert storage.put_new("leases/1", b"first") is True
     assert storage.put_new("leases/1", b"second") is False
@@ -350,3 +373,15 @@ def test_a_full_disk_leaves_the_old_object_and_says_so(tmp_path: Path) -> None:
     assert done.stdout.count("file size limit reached") == 2
     assert (tmp_path / "a").read_bytes() == b"old"
     assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_empty_folders_go_and_others_stay(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.put_bytes("parts/a/b/x", b"")
+    storage.put_bytes("parts/c/y", b"")
+    storage.delete("parts/a/b/x")
+    storage.remove_empty("parts/")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted((tmp_path / "parts").rglob("*"))] == ["parts/c", "parts/c/y"]
+    storage.delete("parts/c/y")
+    storage.remove_empty("parts/")
+    assert not (tmp_path / "parts").exists()
