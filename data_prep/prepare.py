@@ -19,7 +19,7 @@ from data_prep.plan import PLANS, Plan, differences, grow_plan, make_plan, plan_
 from data_prep.schema import Manifest, generations
 from data_prep.scoring import load_scorer
 from data_prep.storage import LocalStorage, Storage, open_storage
-from data_prep.takedown import takedown_rules
+from data_prep.takedown import apply_stored_rules, takedown_rules
 from data_prep.tokenizer import check_given_model
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ def finish(config: PrepConfig, plan: Plan, storage: Storage, lease: Lease) -> Ma
     """Makes the generation of a stored plan and cleans up behind it."""
     rules = tuple(takedown_rules(storage))
     manifest = build_generation(absolute(config), plan, storage, lease, takedowns=rules)
+    if rules:  # parts that a killed run wrote before a takedown were not judged by it
+        apply_stored_rules(storage, ray=config.ray, generation=manifest.generation)
     _delete(storage, f"{PARTS}/")
     if isinstance(storage, LocalStorage):
         storage.clear_scratch()
@@ -90,7 +92,8 @@ def check_settings(config: PrepConfig) -> dict[str, str]:
 
 def unfinished_plan(storage: Storage) -> Plan | None:
     """The plan of a generation that was begun and has no manifest yet."""
-    open_plans = sorted(set(planned(storage)) - set(generations(storage)))
+    newest = max(generations(storage), default=0)  # a plan may outlive its manifest, which goes after a compaction
+    open_plans = [number for number in planned(storage) if number > newest]
     return Plan.load(storage, open_plans[-1]) if open_plans else None
 
 
@@ -179,7 +182,6 @@ def _refuse_another_base(plan: Plan, from_generation: int | None, storage: Stora
 
 
 def _delete(storage: Storage, prefix: str) -> None:
-    for path in storage.list(prefix):
-        storage.delete(path)
+    storage.delete_many(storage.list(prefix))
     if isinstance(storage, LocalStorage):
         storage.remove_empty(prefix)
