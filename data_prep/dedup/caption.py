@@ -102,8 +102,7 @@ def choose_bands(similarity: float) -> Bands:
 
 def minima_of(texts: Sequence[str]) -> Iterator[np.ndarray]:
     """Minima of normal forms, some thousand captions at a time: uint32 [NUM_PERMUTATIONS, n]."""
-    generator = np.random.Generator(np.random.PCG64(0x6A657477))
-    factors = (generator.integers(0, 2**32, NUM_PERMUTATIONS, dtype=np.uint64) | 1).astype(np.uint32)
+    factors = (mix(np.arange(1, NUM_PERMUTATIONS + 1, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
     for begin in range(0, len(texts), _CAPTIONS_AT_ONCE):
         shingles, starts, counts = _shingles(texts[begin : begin + _CAPTIONS_AT_ONCE])
         minima = np.empty((NUM_PERMUTATIONS, len(counts)), np.uint32)

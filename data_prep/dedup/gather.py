@@ -14,9 +14,9 @@ from data_prep import metadata
 from data_prep.config import DedupConfig
 from data_prep.dedup.caption import BUCKET_CAP, SKETCH_BYTES, Bands, agreement, choose_bands, minima_of, normalize, sketches_of, text_hashes
 from data_prep.dedup.evaluation import Evaluation
-from data_prep.dedup.image import is_telling, matches
+from data_prep.dedup.image import is_telling, matches, shuffled_bits
 from data_prep.dedup.pairs import colliding, mix
-from data_prep.dedup.store import BAND, BASE, EXACT, HASH, NUM_BUCKETS, path_of, records, write_buckets
+from data_prep.dedup.store import BAND, BASE, EXACT, HASH, NUM_BUCKETS, bucket_of, path_of, records, write_buckets
 from data_prep.storage import Storage, open_storage
 
 EVAL_IMAGE, EVAL_CAPTION, DUPLICATE, NEAR_IMAGE, NEAR_CAPTION = range(5)
@@ -208,8 +208,8 @@ def _store_columns(storage: Storage, task: GatherTask, rows: Rows, left: np.ndar
         write_buckets(storage, path_of("gather", f"{task.number:06d}.exact"), columns, rows.sha256[left][:, 0], NUM_BUCKETS)
     if task.dedup.image_distance is not None:
         left = left & is_telling(rows.phash)
-        columns = records(HASH, value=rows.phash[left], id=rows.ids[left])
-        write_buckets(storage, path_of("gather", f"{task.number:06d}.image"), columns, bucket_of(mix(rows.phash[left])), NUM_BUCKETS)
+        columns = records(HASH, value=shuffled_bits(rows.phash[left]), id=rows.ids[left])
+        write_buckets(storage, path_of("gather", f"{task.number:06d}.image"), columns, bucket_of(mix(columns["value"])), NUM_BUCKETS)
 
 
 def _store_texts(storage: Storage, number: int, texts: Texts, ids: np.ndarray, left: np.ndarray) -> None:
@@ -223,8 +223,3 @@ def _store_texts(storage: Storage, number: int, texts: Texts, ids: np.ndarray, l
     for band, keys in enumerate(texts.band_keys[0]):
         columns = records(BAND, key=keys[used], text=texts.hashes[used], id=first[used], sketch=texts.sketches[used])
         write_buckets(storage, path_of("gather", f"{number:06d}.band-{band:02d}"), columns, bucket_of(columns["key"]), NUM_BUCKETS)
-
-
-def bucket_of(hashes: np.ndarray) -> np.ndarray:
-    """Bucket of mixed uint64 [N]: uint8 [N]."""
-    return (hashes >> np.uint64(56)).astype(np.uint8)

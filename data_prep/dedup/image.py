@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.dedup.pairs import PAIRS_AT_ONCE, Pairs, colliding, order_of, popcount, starts_of
+from data_prep.dedup.pairs import PAIRS_AT_ONCE, Pairs, colliding, mix, order_of, popcount, starts_of
 
 MIN_BITS, MAX_BITS = 24, 40
 """Bits set in a hash that tells pictures apart. With 24 of them 48 coefficients are distinct: two unrelated hashes come within
@@ -100,7 +100,7 @@ def shuffled_bits(hashes: np.ndarray) -> np.ndarray:
 
     Neighbouring frequencies of a picture are correlated; a block should hold unrelated bits.
     """
-    places = np.random.Generator(np.random.PCG64(64)).permutation(64)
+    places = np.argsort(mix(np.arange(64, dtype=np.uint64)))
     octets = np.arange(256)
     result = np.zeros(len(hashes), np.uint64)
     for number in range(8):

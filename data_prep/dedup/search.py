@@ -1,6 +1,7 @@
 """The searches: groups of samples that share a value, and pairs of groups that are close. Each task takes some buckets or some tables.
 
-Files of the gather step are read bucket by bucket, or, for perceptual hashes (16 bytes a sample), whole, keeping what falls to the task.
+Files of the gather step are read bucket by bucket. Perceptual hashes (16 bytes a sample) are read whole while a task can hold them all; where
+it cannot, one more step first lays them out table by table.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,9 @@ import numpy as np
 
 from data_prep.dedup.caption import BUCKET_CAP, agreement, choose_bands
 from data_prep.dedup.exact import groups_of_digests, groups_of_hashes
-from data_prep.dedup.image import Scheme, matches_in_table, shuffled_bits
-from data_prep.dedup.pairs import colliding, mix
-from data_prep.dedup.store import BAND, EDGE, EXACT, HASH, NUM_BUCKETS, different, joined, path_of, read_all, read_each, records, write_buckets
+from data_prep.dedup.image import Scheme, matches_in_table
+from data_prep.dedup.pairs import colliding, mix, order_of
+from data_prep.dedup.store import BAND, EDGE, EXACT, HASH, NUM_BUCKETS, bucket_of, different, joined, path_of, read_all, records, write_buckets
 from data_prep.storage import Storage, open_storage
 
 
@@ -34,9 +35,19 @@ class ImageTask:
 
     scheme: Scheme
     tables: range
-    part: int
-    num_parts: int
-    """The hashes of a table are dealt to so many tasks, by their key."""
+    num_spread: int = 0
+    """Files that the spread step wrote for every table; 0: it was not needed."""
+    buckets: range = range(NUM_BUCKETS)
+    """Of those files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpreadTask:
+    """Perceptual hashes of some files of the gather step, to be laid out table by table."""
+
+    number: int
+    scheme: Scheme
+    gathered: range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +93,31 @@ def _find_groups(storage: Storage, number: int, num_gathered: int, task: GroupTa
     return len(members)
 
 
+def spread(url: str, task: SpreadTask) -> dict[str, int]:
+    """Stores the hashes of a task once for every table, cut by the key in it; returns how many there are.
+
+    Hashes that one table compares lie far apart in another's order: laid out so, a search reads only what it compares.
+    """
+    storage = open_storage(url)
+    found = read_all(storage, [path_of("gather", f"{number:06d}.image") for number in task.gathered], HASH, range(NUM_BUCKETS))
+    hashes, ids = first_of_each(found["value"], found["id"])
+    rows = records(HASH, value=hashes, id=ids)
+    for table in range(task.scheme.num_tables):
+        buckets = bucket_of(mix(task.scheme.keys(hashes, table)[0]))
+        write_buckets(storage, path_of("spread", f"{task.number:06d}.table-{table:03d}"), rows, buckets, NUM_BUCKETS)
+    return {"num": len(rows)}
+
+
 def _image_edges(storage: Storage, num_gathered: int, task: ImageTask) -> Iterator[np.ndarray]:
-    scheme, parts = task.scheme, []
-    for found in read_each(storage, _gathered(num_gathered, "image"), HASH, range(NUM_BUCKETS)):
-        if task.num_parts > 1:
-            (table,) = task.tables
-            found = found[mix(scheme.keys(shuffled_bits(found["value"]), table)[0]) % np.uint64(task.num_parts) == task.part]
-        parts.append(found)
-    rows = joined(parts, HASH)
-    hashes, ids = first_of_each(rows["value"], rows["id"])
-    shuffled, num_published = shuffled_bits(hashes), int((ids < 0).sum())
+    paths = _gathered(num_gathered, "image")
+    if task.num_spread:
+        (table,) = task.tables
+        paths = [path_of("spread", f"{number:06d}.table-{table:03d}") for number in range(task.num_spread)]
+    found = read_all(storage, paths, HASH, task.buckets)
+    hashes, ids = first_of_each(found["value"], found["id"])
+    num_published = int((ids < 0).sum())
     for table in task.tables:
-        for later, earlier, bits in matches_in_table(shuffled, scheme, table, num_fixed=num_published):
+        for later, earlier, bits in matches_in_table(hashes, task.scheme, table, num_fixed=num_published):
             yield records(EDGE, later=ids[later], earlier=ids[earlier], measure=bits)
 
 
@@ -110,7 +134,7 @@ def first_of_each(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.n
 def _caption_edges(storage: Storage, num_gathered: int, task: CaptionTask) -> Iterator[np.ndarray]:
     least = choose_bands(task.similarity).min_agreement
     for band in task.bands:
-        found = read_all(storage, _gathered(num_gathered, f"band-{band:02d}"), BAND, task.buckets)
+        found = _sharing(read_all(storage, _gathered(num_gathered, f"band-{band:02d}"), BAND, task.buckets))
         # A normal form that several files hold stands there several times: its smallest id counts.
         found = found[np.lexsort((found["id"], found["text"]))]
         found = found[np.concatenate([[True], found["text"][1:] != found["text"][:-1]])[: len(found)]]
@@ -120,6 +144,14 @@ def _caption_edges(storage: Storage, num_gathered: int, task: CaptionTask) -> It
             agreed = agreement(sketches[later], sketches[earlier])
             close = agreed >= least
             yield records(EDGE, later=ids[later[close]], earlier=ids[earlier[close]], measure=agreed[close])
+
+
+def _sharing(found: np.ndarray) -> np.ndarray:
+    """The few records whose key is not theirs alone."""
+    keys = np.ascontiguousarray(found["key"])
+    order = order_of(keys)
+    alike = keys[order][1:] == keys[order][:-1]
+    return found[order[np.concatenate([alike, [False]]) | np.concatenate([[False], alike])]] if len(found) else found
 
 
 def _gathered(num_gathered: int, kind: str) -> list[str]:

@@ -19,7 +19,7 @@ NUM_BUCKETS = 256
 EXACT = np.dtype([("value", "u1", 32), ("id", "<i8")])
 """SHA-256 of the file."""
 HASH = np.dtype([("value", "<u8"), ("id", "<i8")])
-"""Perceptual hash, or hash of a normal form."""
+"""Perceptual hash (of `image.shuffled_bits`), or hash of a normal form."""
 BAND = np.dtype([("key", "<u8"), ("text", "<u8"), ("id", "<i8"), ("sketch", "u1", 64)])
 """Key of one band, hash of the normal form, smallest id that has it, MinHash sketch."""
 MEMBER = np.dtype([("id", "<i8"), ("group", "<i8")])
@@ -38,6 +38,11 @@ _THREADS = 8
 def path_of(*names: str) -> str:
     """Path of an intermediate file."""
     return "/".join((FOLDER, *names))
+
+
+def bucket_of(hashes: np.ndarray) -> np.ndarray:
+    """Bucket of mixed uint64 [N]: uint8 [N]."""
+    return (hashes >> np.uint64(56)).astype(np.uint8)
 
 
 def write_buckets(storage: Storage, path: str, records: np.ndarray, buckets: np.ndarray, num_buckets: int) -> None:

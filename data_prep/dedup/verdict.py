@@ -70,8 +70,9 @@ def write_verdicts(url: str, number: int, names: Sequence[str], window_size: int
         ids, offsets, found = arrays["ids"], arrays["offsets"], arrays["found"]
     dropped = records(DECISION, id=found["row"], other=found["item"], code=found["code"], measure=found["measure"])
     items = item_names(storage) if len(found) else []
-    if has_decisions:
-        decisions = _decisions_on(storage, ids, window_size)
+    left = np.delete(ids, found["row"])
+    if has_decisions and len(left):
+        decisions = _decisions_on(storage, left, window_size)
         order = np.argsort(ids)
         place = np.minimum(np.searchsorted(ids[order], decisions["id"]), len(ids) - 1)
         decisions = decisions[ids[order][place] == decisions["id"]]

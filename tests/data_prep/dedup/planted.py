@@ -12,7 +12,7 @@ from data_prep import metadata
 from data_prep.config import DedupConfig, PrepConfig
 from data_prep.metadata import Facts
 from data_prep.schema import ShardInfo
-from data_prep.storage import LocalStorage
+from data_prep.storage import open_storage
 
 Verdicts = dict[str, tuple[str, str]]
 """Key of a dropped sample -> (reason, detail)."""
@@ -55,9 +55,9 @@ def facts(number: int, *, content: object = None, phash: int = 0, caption: str =
     )
 
 
-def write_parts(folder: Path, rows: Sequence[Facts], size: int) -> list[str]:
+def write_parts(folder: Path | str, rows: Sequence[Facts], size: int) -> list[str]:
     """Writes rows as parts of `size`; returns their names."""
-    storage, names = LocalStorage(folder), []
+    storage, names = open_storage(folder), []
     for begin in range(0, len(rows), size):
         name = f"000001/part-{len(names):06d}.abcd"
         metadata.dump(storage, name, metadata.table_of(rows[begin : begin + size]), folder="parts")
@@ -65,9 +65,9 @@ def write_parts(folder: Path, rows: Sequence[Facts], size: int) -> list[str]:
     return names
 
 
-def write_base(folder: Path, rows: Sequence[Facts], size: int) -> list[ShardInfo]:
+def write_base(folder: Path | str, rows: Sequence[Facts], size: int) -> list[ShardInfo]:
     """Writes rows as the sidecars of published shards."""
-    storage, shards = LocalStorage(folder), []
+    storage, shards = open_storage(folder), []
     for begin in range(0, len(rows), size):
         chunk = rows[begin : begin + size]
         name = f"train-{len(shards):06d}"
@@ -76,7 +76,7 @@ def write_base(folder: Path, rows: Sequence[Facts], size: int) -> list[ShardInfo
     return shards
 
 
-def settings(folder: Path, size: int, **dedup: Any) -> PrepConfig:
+def settings(folder: Path | str, size: int, **dedup: Any) -> PrepConfig:
     """A configuration that looks for duplicates below `folder`."""
     return replace(PrepConfig(output=str(folder), samples_per_shard=size), dedup=DedupConfig(**dedup))
 
