@@ -1,5 +1,6 @@
 """A data set on an object store: s3:// through obstore where that can serve, any other through fsspec."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,8 @@ from configs.errors import UserError
 from data_prep.storage.base import Storage, checked, writing
 from data_prep.storage.clients import Client, FsspecClient
 from data_prep.storage.s3 import S3Client
+
+logger = logging.getLogger(__name__)
 
 PART_BYTES = 16 * 2**20
 """Files above this are uploaded in parts of this size: what a broken connection costs, and what S3 is happy with."""
@@ -64,12 +67,18 @@ class ObjectStorage(Storage):
             Path(local).unlink()
 
     def walk(self, prefix: str = "") -> Iterator[str]:
-        """See `Storage.walk`. Keys that name nothing below a folder (`a//b`, `a/../b`) are passed over."""
-        folder = prefix.rpartition("/")[0]
+        """See `Storage.walk`. Keys that are no paths (`a//b`, `a/../b`, control characters) are passed over, with a warning."""
+        folder, odd = prefix.rpartition("/")[0], 0
         with suppress(FileNotFoundError), self._reaching():
             for path in self.client.walk(folder):
-                if path.startswith(prefix) and not any(part in ("", ".", "..") for part in path.split("/")):
+                if not path.startswith(prefix) or path.endswith("/"):
+                    continue
+                if min(path) < " " or any(part in ("", ".", "..") for part in path.split("/")):
+                    odd += 1
+                else:
                     yield path
+        if odd:
+            logger.warning("%d keys below %s are passed over: they are no paths", odd, self.url)
 
     def exists(self, path: str) -> bool:
         try:

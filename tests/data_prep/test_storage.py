@@ -100,15 +100,15 @@ def test_the_stamp_tells_one_version_from_the_next(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("use_obstore", [True, False])
-def test_keys_that_are_no_paths_do_not_spoil_a_listing(s3_url: str, tmp_path: Path, use_obstore: bool) -> None:
+def test_keys_that_are_no_paths_do_not_spoil_a_listing(s3_url: str, tmp_path: Path, use_obstore: bool, caplog: pytest.LogCaptureFixture) -> None:
     import boto3
 
     client, keys = boto3.client("s3"), ("a.jpg", "a//b.jpg", "folder/", "c/../d.jpg", "e/./f.jpg", "tab\tg.jpg", "z.jpg")
     for key in keys:
         client.put_object(Bucket="bucket", Key=f"some/set/{tmp_path.name}/{key}", Body=key.encode())
     storage = ObjectStorage(f"{s3_url}/{tmp_path.name}", use_obstore=use_obstore)
-    assert storage.list() == ["a.jpg", "tab\tg.jpg", "z.jpg"]
-    assert [storage.read_bytes(path).decode() for path in storage.list()] == storage.list()
+    assert storage.list() == ["a.jpg", "z.jpg"]
+    assert "4 keys below" in caplog.text
 
 
 def test_only_the_first_put_new_counts(storage: Storage) -> None:
