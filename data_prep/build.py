@@ -109,7 +109,7 @@ def _make_parts(config: PrepConfig, job: Job, plan: Plan, storage: Storage) -> t
     remaining = ((config, job, absolute_task(task)) for task in plan.tasks if task.number not in records)
     watch = Watch(config)
     with Progress(plan.num_samples, before=stats) as progress:
-        for record, part_stats in run_tasks(write_part, remaining, config.ray):
+        for record, part_stats in run_tasks(write_part, remaining, config.ray, on_death=_isolated):
             records[record.number] = record
             stats = run_stats.merge(stats, part_stats)
             progress.update(part_stats)
