@@ -22,7 +22,21 @@ from data_prep import metadata
 from data_prep.cluster import ray_session, run_tasks
 from data_prep.config import RayConfig
 from data_prep.lease import Lease
-from data_prep.schema import Counts, Manifest, ShardIndex, ShardInfo, Split, generation_of, generations, manifest_path, shard_name, tar_path
+from data_prep.schema import (
+    Counts,
+    Manifest,
+    ShardIndex,
+    ShardInfo,
+    Split,
+    base_of,
+    generation_of,
+    generations,
+    manifest_path,
+    read_lineage,
+    shard_name,
+    tar_path,
+    write_lineage,
+)
 from data_prep.shard_writer import Sample, ShardWriter
 from data_prep.storage import LocalStorage, Storage, open_storage, writing
 from data_prep.tombstones import Rows, Tombstones
@@ -91,7 +105,7 @@ def plan_compaction(base: Manifest, tombstones: Tombstones, generation: int) -> 
         replaced += hit
         left = [(shard, tombstones.kept(shard.name, shard.num_samples)) for shard in hit]
         for number, pieces in enumerate(_cut(left, size)):
-            shards.append(NewShard(name=shard_name(name, number, generation), split=name, pieces=pieces))
+            shards.append(NewShard(name=shard_name(name, generation, number), split=name, pieces=pieces))
     if not replaced:
         return None
     num_removed = tombstones.count(shard.name for shard in replaced)
@@ -178,6 +192,9 @@ def delete_old(storage: Storage, deletion: Deletion) -> None:
 
     Killed half-way, it is finished by the next call. The caller is the only writer.
     """
+    lineage = {number: base_of(storage, number) for number in deletion.generations}
+    if lineage:  # `jetway prep` and `retry` go back through it to the inputs that were read
+        write_lineage(storage, {**read_lineage(storage), **lineage})
     for number in deletion.generations:
         storage.delete(manifest_path(number))
     storage.delete_many(deletion.paths)

@@ -19,7 +19,7 @@ from data_prep.readers.base import Reader, Slice
 from data_prep.readers.folder import FolderReader
 from data_prep.readers.table import TableReader
 from data_prep.readers.tar import TarReader
-from data_prep.schema import Manifest
+from data_prep.schema import base_of
 from data_prep.storage import Storage
 
 PLANS = "plans"
@@ -202,7 +202,7 @@ def plans_of(storage: Storage, generation: int | None) -> list[Plan]:
         plan = Plan.load(storage, generation)
         if plan is not None:  # a rollback and a compaction have none
             found.append(plan)
-        generation = Manifest.load(storage, generation).base
+        generation = base_of(storage, generation)
     return found
 
 

@@ -34,9 +34,11 @@ MEMBERS = ("image", "txt", "json")
 """Order of the second axis of every index array, and of the members in a tar."""
 
 TOKENIZER_FILE = "tokenizer.model"
+LINEAGE_FILE = "manifests/lineage.json"
+"""Which generation each deleted one continued: {"2": 1, "1": null}. There only after a compaction that deleted old generations."""
 
 
-def shard_name(split: str, number: int, generation: int = 1) -> str:
+def shard_name(split: str, generation: int, number: int) -> str:
     """Name of shard `number` that `generation` adds to a split: `train-000000` in the first, `train-g0002-000000` in a later one."""
     return f"{split}-{number:06d}" if generation == 1 else f"{split}-g{generation:04d}-{number:06d}"
 
@@ -298,6 +300,35 @@ class Manifest:
         except ValueError as error:
             fix = "restore it or prepare the data set again"
             raise UserError(f"{storage.url}/{path} is damaged or of another version", got=error, fix=fix) from None
+
+
+def base_of(storage: Storage, generation: int) -> int | None:
+    """The generation that `generation` continues, also where either was deleted after a compaction; None for the first.
+
+    Raises:
+        UserError: there is and was no such generation.
+    """
+    deleted = read_lineage(storage)
+    return deleted[generation] if generation in deleted else Manifest.load(storage, generation).base
+
+
+def read_lineage(storage: Storage) -> dict[int, int | None]:
+    """The deleted generations, and which one each continued.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return {int(number): base for number, base in json.loads(storage.read_bytes(LINEAGE_FILE)).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{storage.url}/{LINEAGE_FILE} is damaged", got=error, fix="restore it from where the data set was copied") from None
+
+
+def write_lineage(storage: Storage, lineage: Mapping[int, int | None]) -> None:
+    """Records generations that are about to be deleted, and which one each continued."""
+    storage.put_bytes(LINEAGE_FILE, (json.dumps(dict(sorted(lineage.items())), indent=1) + "\n").encode())
 
 
 def generations(storage: Storage) -> list[int]:

@@ -20,7 +20,7 @@ from data_prep.dedup.run import verdicts
 from data_prep.ledger import Failure
 from data_prep.part import PARTS, Job, PartRecord, dropped_path, failures_path, is_heldout
 from data_prep.run_stats import PartCollector, PartStats
-from data_prep.schema import ShardIndex, ShardInfo, tar_path
+from data_prep.schema import ShardIndex, ShardInfo, shard_name, tar_path
 from data_prep.shard_writer import Sample, ShardWriter
 from data_prep.storage import Storage, open_storage, writing
 
@@ -113,11 +113,6 @@ def plan_shards(parts: Sequence[PartCounts], config: PrepConfig, generation: int
                 )
             )
     return shards
-
-
-def shard_name(split: str, generation: int, number: int) -> str:
-    """`train-000003`; those of later generations `train-g0002-000003`."""
-    return f"{split}-{number:06d}" if generation == 1 else f"{split}-g{generation:04d}-{number:06d}"
 
 
 def write_shard(config: PrepConfig, job: Job, shard: ShardPlan) -> ShardInfo:

@@ -23,7 +23,7 @@ from data_prep.config import RayConfig
 from data_prep.images.encode import decode_stored
 from data_prep.images.phash import phash
 from data_prep.lease import only_writer
-from data_prep.schema import Manifest, ShardIndex, ShardInfo, generations, tar_path
+from data_prep.schema import Manifest, ShardIndex, ShardInfo, generation_of, generations, tar_path
 from data_prep.storage import LocalStorage, Storage, open_storage
 from data_prep.takedown_rules import DISTANCE, Matcher, Rules
 from data_prep.tombstones import FOLDER, Hits, TombstoneFile, Tombstones, load_files, merge, tombstones_path
@@ -66,8 +66,11 @@ def takedown_rules(storage: Storage) -> tuple[str, ...]:
     return tuple(line for line in stored_rules(storage, load_files(storage)).lines() if not line.startswith("key "))
 
 
-def take_down(storage: Storage, rules: Rules, *, reason: str, ray: RayConfig) -> tuple[Found, TombstoneFile | None]:
+def take_down(storage: Storage, rules: Rules, *, reason: str, ray: RayConfig, generation: int | None = None) -> tuple[Found, TombstoneFile | None]:
     """Searches all generations, and writes the next takedown. The caller is the only writer.
+
+    Args:
+        generation: look only through the shards that this generation added.
 
     Returns:
         What was found, and what was written: None where the rules are stored already and nothing new was hit.
@@ -76,7 +79,7 @@ def take_down(storage: Storage, rules: Rules, *, reason: str, ray: RayConfig) ->
         UserError: a sidecar or index is missing or damaged, or another takedown was written meanwhile.
     """
     files = load_files(storage)
-    found = search(storage, rules, merge(files), ray)
+    found = search(storage, rules, merge(files), ray, generation=generation)
     known = stored_rules(storage, files)
     if not found.shards and known | rules == known:
         return found, None
@@ -95,9 +98,13 @@ def take_down(storage: Storage, rules: Rules, *, reason: str, ray: RayConfig) ->
     return found, file
 
 
-def apply_stored_rules(storage: Storage, *, ray: RayConfig) -> tuple[Found, TombstoneFile | None]:
-    """Applies the rules of earlier takedowns to all shards once more: for shards that were published since. The caller is the only writer."""
-    return take_down(storage, stored_rules(storage, load_files(storage)), reason=AGAIN, ray=ray)
+def apply_stored_rules(storage: Storage, *, ray: RayConfig, generation: int | None = None) -> tuple[Found, TombstoneFile | None]:
+    """Applies the rules of earlier takedowns once more: for shards that were published since. The caller is the only writer.
+
+    Args:
+        generation: to the shards that this generation added; None: to all.
+    """
+    return take_down(storage, stored_rules(storage, load_files(storage)), reason=AGAIN, ray=ray, generation=generation)
 
 
 def stored_rules(storage: Storage, files: Sequence[TombstoneFile]) -> Rules:
@@ -124,16 +131,22 @@ def rules_path(sha256: str) -> str:
     return f"{FOLDER}/rules-{sha256[:16]}.txt"
 
 
-def search(storage: Storage, rules: Rules, known: Tombstones, ray: RayConfig) -> Found:
+def search(storage: Storage, rules: Rules, known: Tombstones, ray: RayConfig, generation: int | None = None) -> Found:
     """Looks for what the rules name in every shard of every generation, each shard once; reads the columns of the sidecars that it needs.
+
+    Args:
+        known: what was taken down before.
+        generation: look only through the shards that this generation added.
 
     Raises:
         UserError: there is no data set, or a sidecar or index is missing or damaged.
     """
     Manifest.load(storage)  # where there is no data set, this says why
-    manifests = [Manifest.load(storage, number) for number in generations(storage)]
+    manifests = [Manifest.load(storage, number) for number in (generations(storage) if generation is None else [generation])]
     named = {manifest.generation: tuple(s.name for split in manifest.splits.values() for s in split.shards) for manifest in manifests}
     shards = {shard.name: shard for manifest in manifests for split in manifest.splits.values() for shard in split.shards}
+    if generation is not None:
+        shards = {name: shard for name, shard in shards.items() if generation_of(name) == generation}
     chunks = [list(shards.values())[start : start + _SHARDS_PER_TASK] for start in range(0, len(shards), _SHARDS_PER_TASK)]
     hits: dict[str, Hits] = {}
     used: set[str] = set()

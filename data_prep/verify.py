@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.errors import UserError
-from data_prep.schema import Manifest, ShardIndex, ShardInfo, generations, manifest_path
+from data_prep.schema import LINEAGE_FILE, Manifest, ShardIndex, ShardInfo, generations, manifest_path, read_lineage
 from data_prep.storage import Storage, open_storage
 from data_prep.takedown import stored_rules
 from data_prep.tombstones import FOLDER, Hits, load_files, tombstones_path
@@ -61,7 +61,7 @@ def verify(storage: Storage, manifest: Manifest, progress: "tqdm[Any]") -> Itera
     if counts.kept != sum(split.num_samples for split in manifest.splits.values()):
         yield f"manifest: {counts.kept} samples kept, but {sum(split.num_samples for split in manifest.splits.values())} in the splits"
     history = {number: Manifest.load(storage, number) for number in generations(storage)}
-    yield from _check_history(manifest, history)
+    yield from _check_history(storage, manifest, history)
     yield from _check_takedowns(storage, history)
 
 
@@ -75,15 +75,20 @@ def _check_tokenizer(storage: Storage, manifest: Manifest) -> Iterator[str]:
         yield f"{manifest.tokenizer.file}: sha256 is {found}, the manifest says {manifest.tokenizer.sha256}"
 
 
-def _check_history(manifest: Manifest, history: Mapping[int, Manifest]) -> Iterator[str]:
+def _check_history(storage: Storage, manifest: Manifest, history: Mapping[int, Manifest]) -> Iterator[str]:
     """Whether the generation continues what it says: its base is there (or was deleted after a compaction), and no key is given twice."""
     where, base = manifest_path(manifest.generation), manifest.base
+    try:
+        deleted = read_lineage(storage)
+    except UserError as error:
+        yield f"{LINEAGE_FILE}: {error}"
+        return
     if base is None:
         return
     if base >= manifest.generation:
         yield f"{where}: continues generation {base}, which is not an older one"
     elif base not in history:
-        if not any(other.action == "compact" and other.generation > base for other in history.values()):
+        if base not in deleted:
             yield f"{where}: continues generation {base}, which is missing"
     elif history[base].num_planned > manifest.num_planned:
         yield f"{where}: has numbered {manifest.num_planned} samples, generation {base} {history[base].num_planned}: keys would be given twice"

@@ -64,7 +64,7 @@ def _check_index(index: ShardIndex, shard: ShardInfo, split: str, manifest: Mani
     for key in index.keys.tolist():
         if key in seen:
             yield f"{path}: key {key.decode()} occurs twice in the data set"
-        if manifest.num_planned and key.isdigit() and int(key) >= manifest.num_planned:
+        if key.isdigit() and int(key) >= manifest.num_planned:
             yield f"{path}: key {key.decode()}, but the manifest has numbered {manifest.num_planned} samples only: a later one would get the same key"
         seen.add(key)
     if not manifest.splits["heldout"].shards:

@@ -103,7 +103,7 @@ def write_generation(path: Path | str, numbers: Iterable[int], *, sidecars: bool
         mine = [number for number in numbers if split_of(number) == name]
         cut = [mine[start : start + SHARD] for start in range(0, len(mine), SHARD)]
         old = base.splits[name].shards if base else ()
-        new = [write_shard(storage, shard_name(name, i, generation), part, sidecars=sidecars, width=width) for i, part in enumerate(cut)]
+        new = [write_shard(storage, shard_name(name, generation, i), part, sidecars=sidecars, width=width) for i, part in enumerate(cut)]
         shards = (*old, *new)
         splits[name] = Split(num_samples=sum(shard.num_samples for shard in shards), shards=shards)
     kept = sum(split.num_samples for split in splits.values())

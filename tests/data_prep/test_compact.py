@@ -15,7 +15,7 @@ from data_prep import compact, metadata
 from data_prep.compact import delete_old, plan_compaction, plan_deletion, write_shard
 from data_prep.config import RayConfig
 from data_prep.generations import main
-from data_prep.schema import Manifest, ShardIndex, generation_of, generations, shard_name
+from data_prep.schema import Manifest, ShardIndex, base_of, generation_of, generations, shard_name
 from data_prep.storage import Storage, open_storage
 from data_prep.takedown import main as takedown
 from data_prep.tombstones import load
@@ -50,7 +50,7 @@ def test_only_what_was_taken_down_is_gone(storage: Storage) -> None:
         kept = [shard for shard in base.splits[split].shards if shard not in hit]
         new = manifest.splits[split].shards[len(kept) :]
         assert list(manifest.splits[split].shards[: len(kept)]) == kept
-        assert [shard.name for shard in new] == [shard_name(split, number, 3) for number in range(len(new))]
+        assert [shard.name for shard in new] == [shard_name(split, 3, number) for number in range(len(new))]
         assert all(shard.num_samples == 8 for shard in new[:-1]), "full but for the last"
     assert manifest.counts.dropped == {"corrupt": 2, "takedown": len(GONE)}
     assert manifest.counts.kept == base.counts.kept - len(GONE)
@@ -254,6 +254,7 @@ def test_old_generations_are_deleted_only_when_told_twice(storage: Storage, caps
     capsys.readouterr()
     assert main([storage.url]) == 0
     assert "generation 2 was deleted" in capsys.readouterr().out
+    assert [base_of(storage, number) for number in (1, 2, 3)] == [None, 1, 2], "what continued what is still known"
     assert main([storage.url, "compact", "--delete-old", "--yes"]) == 0
     assert generations(storage) == [3]
 
@@ -265,17 +266,22 @@ def test_what_a_later_generation_needs_is_kept(storage: Storage) -> None:
     write_generation(storage.url, range(60, 70))
     main([storage.url, "rollback", "1"])
     storage.put_bytes("shards/train-g0006-000000.tar", b"being written")
+    assert {number: base_of(storage, number) for number in generations(storage)} == {1: None, 2: 1, 3: 2, 4: 3, 5: 1}
     deletion = plan_deletion(storage)
     assert (deletion.since, deletion.generations) == (3, (1, 2))
     delete_old(storage, deletion)
     assert generations(storage) == [3, 4, 5]
     for generation in (3, 4, 5):
         assert verify([storage.url, "--generation", str(generation)]) == 0
+    assert [base_of(storage, number) for number in (1, 2, 3, 4, 5)] == [None, 1, 2, 3, 1]
     assert storage.exists("shards/train-g0006-000000.tar"), "not of a generation that is there: another run may be writing it"
     second = {shard.name for split in Manifest.load(storage, 4).splits.values() for shard in split.shards}
     gone = {path.partition("/")[2].partition(".")[0] for path in deletion.paths}
     assert gone
     assert not gone & second
+    main([storage.url, "compact", "--delete-old", "--yes"])
+    assert generations(storage) == [6]
+    assert [base_of(storage, number) for number in (1, 2, 3, 4, 5, 6)] == [None, 1, 2, 3, 1, 5]
 
 
 def test_a_deletion_that_was_killed_is_finished_by_the_next(storage: Storage) -> None:

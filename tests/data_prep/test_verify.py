@@ -9,7 +9,7 @@ import pytest
 
 from data_prep import metadata
 from data_prep.generations import main as generations
-from data_prep.schema import Manifest, ShardIndex, manifest_path
+from data_prep.schema import Manifest, ShardIndex, manifest_path, write_lineage
 from data_prep.storage import Storage, open_storage
 from data_prep.takedown import main as takedown
 from data_prep.tombstones import Hits, TombstoneFile, tombstones_path
@@ -206,6 +206,11 @@ def test_a_generation_must_continue_one_that_is_there_and_older(storage: Storage
     republish(storage, base=1)
     storage.delete(manifest_path(1))
     assert findings(storage, capsys) == ["manifests/000002.json: continues generation 1, which is missing"]
+    write_lineage(storage, {1: None})
+    assert findings(storage, capsys) == []
+    storage.put_bytes("manifests/lineage.json", b"half")
+    (line,) = findings(storage, capsys)
+    assert line.startswith("manifests/lineage.json: ")
 
 
 def test_keys_must_not_be_given_twice(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
