@@ -15,6 +15,7 @@ INSTALL_REQUIRES = [
     "fsspec>=2024.6",
     "aiohttp>=3.9",
     "aiodns>=3.2",
+    "protego>=0.3",
     "wandb>=0.17",
     "pydantic>=2.7",
     "pyyaml>=6.0",
@@ -30,7 +31,8 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     "gpu": ["triton>=3.2; platform_system == 'Linux'"],
-    "s3": ["s3fs>=2024.6"],
+    "s3": ["s3fs>=2024.6", "obstore>=0.6"],
+    "language": ["py3langid>=0.4"],
     "demo": ["scikit-learn>=1.4"],
     "peers": ["scikit-learn>=1.4", "scikit-image>=0.22"],  # photographs for the benchmark; what would clash: tests/peers/environments.py
     "dev": [
@@ -42,7 +44,13 @@ EXTRAS = {
         "types-tqdm",
         "moto[server]>=5.0",
         "s3fs>=2024.6",
+        "obstore>=0.6",
         "scikit-learn>=1.4",
+        "scikit-image>=0.22",
+        "imagehash>=4.3",
+        "datasketch>=1.6",
+        "py3langid>=0.4",
+        "psutil>=5.9",
     ],
 }
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from data_prep.schema import Manifest
 from data_prep.storage import open_storage
 from tests.data_prep.conftest import encoded, files_below, smooth_pixels
@@ -31,6 +33,7 @@ prepare(small_config(Path(sys.argv[1]), Path(sys.argv[2]), samples_per_shard=4))
 """
 
 
+@pytest.mark.slow
 def test_the_task_is_done_in_isolation_after_its_worker_has_died_three_times(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(FAULTY_DECODER)
