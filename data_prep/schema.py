@@ -5,6 +5,7 @@
       shards/train-000000.idx.npz   where each member lies, and its checksum
       metadata/train-000000.parquet what is known of each sample, by columns (`metadata.Facts`)
       manifests/000001.json         one immutable generation: which shards, how many samples, all checksums
+      manifests/lineage.json        only after old generations were deleted: which one each of them continued
       tokenizer.model               SentencePiece
       tombstones/000001.json        samples of published shards that must not be used any more
       ledger/000001/failures-*.jsonl  what was dropped in generation 1, and why
