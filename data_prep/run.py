@@ -88,7 +88,8 @@ def summary(manifest: Manifest) -> str:
     lines.append(f"{'dropped':<10}{counts.read - counts.kept:>10,} of {counts.read:,}{why}")
     pieces, image = manifest.tokenizer.num_pieces, manifest.image
     lines.append(f"{'tokenizer':<10}{pieces:>10,} pieces (train with model.text.num_pieces={pieces})")
-    lines.append(f"{'images':<10}{image.resolution:>10,} pixels square, {image.channels} channels, {image.extension}")
+    shape = "on the shorter side" if image.resize_mode == "keep_ratio" else "square"
+    lines.append(f"{'images':<10}{image.resolution:>10,} pixels {shape}, {image.channels} channels, {image.extension}")
     return "\n".join(lines)
 
 
