@@ -23,7 +23,7 @@ class ImageConfig:
     """How the result is stored. An image that already has this size, mode and format keeps its bytes."""
     quality: int = 95
     """1-100, for jpg and webp (100 is lossless there)."""
-    subsampling: Literal["444", "420"] = "444"
+    subsampling: Literal[444, 420] = 444
     """Chroma of jpg. 4:4:4, because halved colour resolution is a pattern that a pixel-exact likelihood model would have to learn."""
     matte: tuple[int, int, int] = (255, 255, 255)
     """sRGB colour shown through transparent pixels."""
@@ -157,7 +157,7 @@ class FilterConfig:
     max_border: float = 1.0
     """Largest share of the height or the width that a constant border may take."""
     min_detail: float = 0.0
-    """Energy in the upper half of the frequencies over that of the two octaves below, in permille; enlarged pictures have less than 35."""
+    """Energy in the upper half of the frequencies over that of the two octaves below, in permille; enlarged pictures have less than 32."""
     blocked_urls: str | None = None
     """Text file, one address a line."""
     blocked_domains: str | None = None

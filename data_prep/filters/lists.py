@@ -186,6 +186,8 @@ def _opened(path: str, *, unpack: bool = True) -> IO[bytes]:
 
 def _domain(text: str) -> str | None:
     """A domain in its one form; None if it is none."""
+    if _DOMAIN.fullmatch(text):
+        return text
     host = host_of(canonical_url(f"http://{text.removeprefix('*.').strip('.')}/")) if not re.search(r"[\s/:@?#]", text) else ""
     return host if _DOMAIN.fullmatch(host) else None
 

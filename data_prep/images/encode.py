@@ -14,7 +14,7 @@ def encode(pixels: np.ndarray, image: ImageConfig) -> bytes:
     if image.format == "jpg":
         if pixels.ndim == 2:
             return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[..., None]), quality=image.quality, colorspace="GRAY", colorsubsampling="Gray")
-        return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=image.quality, colorspace="RGB", colorsubsampling=image.subsampling)
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=image.quality, colorspace="RGB", colorsubsampling=str(image.subsampling))
     buffer = io.BytesIO()
     picture = Image.fromarray(pixels)
     if image.format == "png":

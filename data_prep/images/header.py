@@ -103,6 +103,16 @@ def judge_size(width: int, height: int, limits: LimitConfig) -> None:
         raise Drop("aspect_ratio", size)
 
 
+def is_cut_short(data: bytes, format: str) -> bool:
+    """Whether the container of a whole file announces more bytes than there are; only for the formats whose decoders do not say so."""
+    if format == "webp":
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    if format == "avif":
+        boxes = _boxes(data, 0, len(data))
+        return not boxes or boxes[-1][2] < len(data) or b"mdat" not in {kind for kind, _, _ in boxes}
+    return False
+
+
 _Size = tuple[int, int]
 
 
