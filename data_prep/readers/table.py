@@ -17,16 +17,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
+
+import numpy as np
 
 from configs.errors import UserError
 from data_prep.config import PrepConfig
-from data_prep.inputs import is_remote, open_input
+from data_prep.inputs import input_size, is_remote, open_input
 from data_prep.readers.base import RawSample, Slice, parse_object, read_image_file, split_fields
 from data_prep.reasons import Drop
 
 logger = logging.getLogger(__name__)
 
 LARGE_GZIP_BYTES = 2**30
+LARGE_GROUP_ROWS = 2_000_000
+_GROUP_READ_BYTES = 2**22
+"""Of one column of a row group at a time, so that memory does not grow with the row group."""
+_BATCH_ROWS = 256
+"""Rows decoded at a time: few, because they may hold images."""
 
 Row = dict[str, Any]
 
@@ -40,6 +48,7 @@ class TableReader:
             with _parquet(path) as file:
                 _image_column(path, list(file.schema_arrow.names), config)
                 total = file.metadata.num_rows
+                _warn_of_large_groups(path, file.metadata)
             for start in range(0, total, size):
                 yield Slice(kind="table", path=path, start=start, count=min(size, total - start))
             return
@@ -53,19 +62,14 @@ class TableReader:
             yield Slice(kind="table", path=path, start=number - number % size, count=number % size, offset=begin)
 
     def read(self, part: Slice, config: PrepConfig) -> Iterator[RawSample]:
-        wanted = frozenset(part.rows)
         name = part.path.rpartition("/")[2]
-        for number, row in enumerate(_rows(part)):
-            if wanted and number not in wanted:
-                continue
+        for number, row in _rows(part):
             source = f"{name}#{part.start + number}"
             try:
                 values = parse_object(row) if isinstance(row, str) else row
                 yield _sample(values, source, number, part.path, config)
             except Drop as problem:
                 yield RawSample(source=source, number=number, problem=problem)
-            if wanted and number == part.rows[-1]:
-                return
 
 
 def _suffix(path: str) -> str:
@@ -89,10 +93,8 @@ def _open_text(path: str) -> Iterator[BinaryIO]:
 
 def _starts(path: str, config: PrepConfig) -> Iterator[int]:
     """The byte at which every row begins, in the decompressed file."""
-    if path.lower().endswith(".gz"):
-        with open_input(path) as file:
-            if file.seek(0, 2) > LARGE_GZIP_BYTES:
-                logger.warning("%s is large and compressed: every task has to decompress what stands before its rows. Parquet would be faster", path)
+    if path.lower().endswith(".gz") and input_size(path) > LARGE_GZIP_BYTES:
+        logger.warning("%s is large and compressed: every task has to decompress what stands before its rows. Parquet would be faster", path)
     check: Callable[[Any], None] = lambda row: None  # noqa: E731
     try:
         with _open_text(path) as file:
@@ -110,29 +112,34 @@ def _starts(path: str, config: PrepConfig) -> Iterator[int]:
         raise UserError(f"{path} cannot be read", got=error, fix="mend or replace it") from None
 
 
-def _rows(part: Slice) -> Iterator[Row | str]:
-    """The rows of a slice; JSON lines come as text, because parsing them can fail one by one."""
+def _rows(part: Slice) -> Iterator[tuple[int, Row | str]]:
+    """(offset, row) of the rows that a slice wants; JSON lines come as text, because parsing them can fail one by one."""
     if _suffix(part.path) == ".parquet":
         yield from _parquet_rows(part)
         return
+    wanted, last = frozenset(part.numbers), part.numbers[-1]
     with _open_text(part.path) as file:
         if _suffix(part.path) == ".jsonl":
             file.seek(part.offset)
-            for number, (line, _, _) in enumerate(_lines(file), start=1):
-                yield line
-                if number == part.count:
-                    return
+            rows: Iterator[Row | str] = (line for line, _, _ in _lines(file))
         else:
             header = next(_csv_records(file, part.path), ([], 0, 0))[0]
             file.seek(part.offset)
-            for number, (row, _, _) in enumerate(_csv_records(file, part.path), start=1):
-                yield dict(zip(header, row, strict=False))
-                if number == part.count:
-                    return
+            rows = (dict(zip(header, row, strict=False)) for row, _, _ in _csv_records(file, part.path))
+        for number, row in enumerate(rows):
+            if number in wanted:
+                yield number, row
+            if number == last:
+                return
 
 
 def _csv_records(file: BinaryIO, path: str) -> Iterator[tuple[list[str], int, int]]:
     """(fields, first byte, byte after the last) of every non-empty record from the file's position on."""
+    if _suffix(path) == ".tsv":
+        for line, begin, end in _lines(file):
+            # As in CSV below: a stray carriage return is a space.
+            yield line.replace("\0", "").rstrip("\r\n").replace("\r", " ").split("\t"), begin, end
+        return
     csv.field_size_limit(2**31 - 1)  # its default of 128 KiB fails whole files for one long field
     position = file.tell()
 
@@ -144,10 +151,8 @@ def _csv_records(file: BinaryIO, path: str) -> Iterator[tuple[list[str], int, in
             # csv gives up the whole file for one stray carriage return in a caption.
             yield text.replace("\0", "").replace("\r\n", "\n").replace("\r", " ")
 
-    is_tsv = _suffix(path) == ".tsv"
-    reader = csv.reader(lines(), delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL)
     begin = position
-    for row in reader:
+    for row in csv.reader(lines()):
         if row:
             yield row, begin, position
         begin = position
@@ -171,34 +176,42 @@ def _parquet(path: str) -> Iterator[Any]:
         raise UserError(f"{path} needs pyarrow", fix="pip install pyarrow") from None
     with open_input(path) as file:
         try:
-            opened = pyarrow.parquet.ParquetFile(file)
+            opened = pyarrow.parquet.ParquetFile(file, buffer_size=_GROUP_READ_BYTES, pre_buffer=False)
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path} is not a Parquet file", got=error) from None
         yield opened
 
 
-def _parquet_rows(part: Slice) -> Iterator[Row]:
+def _warn_of_large_groups(path: str, metadata: Any) -> None:
+    largest = max((metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)), default=0)
+    if largest > LARGE_GROUP_ROWS:
+        logger.warning("%s has a row group of %d rows: every task decodes what stands before its own. 100,000 would be faster", path, largest)
+
+
+def _parquet_rows(part: Slice) -> Iterator[tuple[int, Row]]:
+    wanted = np.asarray(part.numbers)
     with _parquet(part.path) as file:
         groups: list[int] = []
-        stop, begin, number = part.start + part.count, 0, 0
+        begin, number = 0, 0
         for group in range(file.metadata.num_row_groups):
             end = begin + file.metadata.row_group(group).num_rows
-            if begin < stop and end > part.start:
+            if begin <= part.start + wanted[-1] and end > part.start + wanted[0]:
                 groups.append(group)
-            elif end <= part.start:
+            elif end <= part.start + wanted[0]:
                 number = end
             begin = end
-        batches = file.iter_batches(batch_size=256, row_groups=groups)
-        while True:
+        batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
+        number -= part.start
+        while number <= wanted[-1]:
             try:
                 batch = next(batches, None)
             except ValueError as error:  # pyarrow.ArrowInvalid: a damaged column chunk
                 raise OSError(f"damaged Parquet data: {error}") from None
             if batch is None:
                 return
-            low, high = max(0, part.start - number), min(batch.num_rows, stop - number)
-            if low < high:
-                yield from batch.slice(low, high - low).to_pylist()
+            here = wanted[(wanted >= number) & (wanted < number + batch.num_rows)]
+            if len(here):
+                yield from zip(here.tolist(), batch.take(here - number).to_pylist(), strict=True)
             number += batch.num_rows
 
 
@@ -210,16 +223,22 @@ def _sample(values: Row, source: str, number: int, path: str, config: PrepConfig
         image, url = _named_image(values.get(columns.image), path, config)
     else:
         caption, label, extra = split_fields(values, config, taken=columns.url)
-        image, url = b"", _address(values[columns.url])
-        if url.startswith("file://"):
-            image, url = _named_image(url.removeprefix("file://"), path, config)
+        image, url = _addressed_image(values[columns.url], path, config)
     return RawSample(source=source, number=number, image=image, url=url or None, caption=caption, label=label, extra=extra)
 
 
-def _address(value: Any) -> str:
-    if not isinstance(value, str) or "://" not in value:
+def _addressed_image(value: Any, path: str, config: PrepConfig) -> tuple[bytes, str]:
+    """(b"", address), or (bytes, "") of a file that a table on this machine names in its column of addresses."""
+    if not isinstance(value, str) or not value.strip():
         raise Drop("bad_url", repr(value)[:200])
-    return value.strip()
+    if is_remote(path) and (not is_remote(value) or value.strip().startswith("file://")):
+        raise Drop("bad_url", value[:200])
+    try:
+        return _named_image(value, path, config)
+    except Drop as problem:
+        if problem.reason == "missing_file":
+            raise Drop("bad_url", f"neither an address nor a file here: {value[:200]}") from None
+        raise
 
 
 def _named_image(value: Any, path: str, config: PrepConfig) -> tuple[bytes, str]:
@@ -233,13 +252,14 @@ def _named_image(value: Any, path: str, config: PrepConfig) -> tuple[bytes, str]
     if not isinstance(value, str) or not value.strip():
         raise Drop("missing_file", "the row names none")
     name = value.strip()
-    if is_remote(name):
+    is_file = name.startswith("file://")
+    if is_remote(name) and not is_file:
         return b"", name
     if is_remote(path):
-        if name.startswith("/") or ".." in name.split("/"):
+        if is_file or name.startswith("/") or ".." in name.split("/"):
             raise Drop("missing_file", f"{name[:120]} is outside the folder of a remote table")
         return b"", f"{path.rpartition('/')[0]}/{name}"
-    return read_image_file(Path(path).parent / name, config.limits.max_file_bytes), ""
+    return read_image_file(Path(path).parent / (unquote(name[len("file://") :]) if is_file else name), config.limits.max_file_bytes), ""
 
 
 def _check_first_object(path: str, line: str, config: PrepConfig) -> None:

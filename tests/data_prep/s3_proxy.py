@@ -34,6 +34,7 @@ class S3Proxy(ThreadingHTTPServer):
         self.upstream = upstream
         self.hook: Hook = lambda method, path, query: "pass"
         self.seen: list[tuple[str, str, dict[str, str]]] = []
+        self.num_bytes = 0  # of all answers
 
     @property
     def endpoint(self) -> str:
@@ -96,6 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
+            self.server.num_bytes += len(data)
             self.wfile.write(data)
 
     def _break_off(self) -> None:

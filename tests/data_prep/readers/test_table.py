@@ -1,7 +1,9 @@
 """Tables: the same rows whichever format and wherever a slice begins; columns checked before any work."""
 
 import gzip
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +20,7 @@ from data_prep.readers.base import RawSample
 from data_prep.readers.table import TableReader
 from data_prep.storage import open_storage
 from tests.data_prep.conftest import encoded, smooth_pixels
+from tests.data_prep.s3_proxy import s3_proxy
 
 ROWS = [{"image": f"img/{i}.png", "caption": f'number {i}, "quoted"', "label": i % 3, "score": i / 2} for i in range(11)]
 
@@ -166,9 +169,29 @@ def test_a_url_list_names_addresses_and_carries_every_other_column(tmp_path: Pat
 
 
 def test_an_address_that_is_none_is_dropped(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"url": "not an address", "caption": "c"}, {"url": None, "caption": "c"}]
+    rows: list[dict[str, object]] = [{"url": url, "caption": "c"} for url in ("not an address", None, "", "img/none.png", "file:///nowhere/1.png")]
     reasons = [sample.problem.reason for sample in read_all(write_table(tmp_path, ".jsonl", rows), PrepConfig()) if sample.problem]
-    assert reasons == ["bad_url", "bad_url"]
+    assert reasons == ["bad_url"] * 5
+
+
+def test_addresses_of_a_table_on_this_machine_may_be_files(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "img" / "a b.png").write_bytes(b"content")
+    urls = ("img/1.png", str(tmp_path / "img" / "2.png"), f"file://{tmp_path}/img/3.png", f"file://{tmp_path}/img/a%20b.png")
+    rows: list[dict[str, object]] = [{"url": url, "caption": "c"} for url in urls]
+    samples = read_all(write_table(tmp_path, ".csv", rows), PrepConfig())
+    images = [(tmp_path / "img" / name).read_bytes() for name in ("1.png", "2.png", "3.png", "a b.png")]
+    assert [(sample.image, sample.url, sample.problem) for sample in samples] == [(image, None, None) for image in images]
+
+
+def test_addresses_of_a_remote_table_may_not_be_files(tmp_path: Path, s3_url: str) -> None:
+    urls = (f"file://{tmp_path}/img/1.png", "img/1.png", "/etc/hostname", "https://host/1.jpg")
+    rows: list[dict[str, object]] = [{"url": url, "caption": "c"} for url in urls]
+    open_storage(f"{s3_url}/tables").put_bytes("urls.jsonl", write_table(tmp_path, ".jsonl", rows).read_bytes())
+    (part,) = TableReader().plan(f"{s3_url}/tables/urls.jsonl", PrepConfig())
+    samples = list(TableReader().read(part, PrepConfig()))
+    assert [sample.problem.reason for sample in samples if sample.problem] == ["bad_url"] * 3
+    assert samples[3].url == "https://host/1.jpg"
 
 
 def test_a_remote_table_names_remote_images_and_nothing_of_this_machine(tmp_path: Path, s3_url: str) -> None:
@@ -183,26 +206,30 @@ def test_a_remote_table_names_remote_images_and_nothing_of_this_machine(tmp_path
         assert [sample.problem.reason for sample in samples[1:3] if sample.problem] == ["missing_file", "missing_file"]
 
 
-def test_rows_of_a_large_remote_table_are_read_without_those_before_them(tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[dict[str, object]] = [{"url": f"https://host/{i}-{'x' * 400}.jpg", "caption": f"c{i}"} for i in range(20_000)]
-    lines = write_table(tmp_path, ".jsonl", rows).read_bytes()
-    storage = open_storage(f"{s3_url}/tables")
-    storage.put_bytes("large.jsonl", lines)
-    parts = list(TableReader().plan(f"{s3_url}/tables/large.jsonl", PrepConfig(samples_per_shard=500)))
-    monkeypatch.setattr(inputs, "READ_AHEAD", 2**16)
-    fetched = 0
-    original = inputs.RangeFile.readinto
-
-    def counting(self: inputs.RangeFile, buffer: memoryview) -> int:
-        nonlocal fetched
-        size = original(self, buffer)
-        fetched += size
-        return size
-
-    monkeypatch.setattr(inputs.RangeFile, "readinto", counting)
-    samples = list(TableReader().read(parts[-1], PrepConfig()))
-    assert [sample.caption for sample in samples] == [f"c{i}" for i in range(19_500, 20_000)]
-    assert fetched < len(lines) / 10
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_of_a_large_remote_table_are_read_without_those_before_them(
+    tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    count = 20_000
+    noise = [hashlib.sha256(str(i).encode()).hexdigest() * 4 for i in range(count)]  # that no page of a Parquet file packs
+    columns = {"url": [f"https://host/{text}.jpg" for text in noise], "caption": [f"c{i}" for i in range(count)]}
+    path = tmp_path / f"large{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path, row_group_size=1000)
+    elif suffix == ".csv":
+        path.write_text("url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in zip(*columns.values(), strict=True)))
+    else:
+        path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in zip(*columns.values(), strict=True)))
+    url = f"{s3_url}/tables/large{suffix}"
+    open_storage(f"{s3_url}/tables").put_file(path, path.name)
+    parts = list(TableReader().plan(url, PrepConfig(samples_per_shard=500)))
+    monkeypatch.setattr(inputs, "FIRST_READ", 2**16)
+    with s3_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        samples = list(TableReader().read(parts[-1], PrepConfig()))
+        assert [sample.caption for sample in samples] == [f"c{i}" for i in range(19_500, 20_000)]
+        assert samples[-1].url == columns["url"][-1]
+        assert 100_000 < proxy.num_bytes < path.stat().st_size / 5
 
 
 PLANNING = """
