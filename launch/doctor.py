@@ -73,9 +73,14 @@ LIBRARIES = (
     Library(distribution="xxhash", probe="import xxhash"),
     Library(distribution="pyarrow", probe="import pyarrow.parquet"),
     Library(distribution="fsspec", probe="import fsspec"),
+    Library(distribution="aiohttp", probe="import aiohttp"),
+    Library(distribution="aiodns", probe="import aiodns"),
+    Library(distribution="protego", probe="import protego"),
     Library(distribution="pydantic", probe="import pydantic"),
     Library(distribution="wandb", probe="import wandb"),
     Library(distribution="s3fs", probe="import s3fs", required=False, adds="data sets and shards on S3 (s3://...)", extra="s3"),
+    Library(distribution="obstore", probe="import obstore", required=False, adds="faster S3 than s3fs alone", extra="s3"),
+    Library(distribution="py3langid", probe="import py3langid", required=False, adds="`filters.languages` of `jetway prep`", extra="language"),
     Library(
         distribution="scikit-learn", probe="import sklearn.datasets", required=False, adds="`jetway demo`: its digits and their judge", extra="demo"
     ),
