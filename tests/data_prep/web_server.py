@@ -29,7 +29,9 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl, unquote
 
-Kind = Literal["status", "hang", "drip", "reset", "short", "long", "garbage", "redirect", "loop", "headers", "gzip", "bomb", "endless", "chunked"]
+Kind = Literal[
+    "status", "hang", "drip", "reset", "short", "long", "garbage", "redirect", "loop", "headers", "gzip", "bomb", "endless", "chunked", "raw"
+]
 """What can go wrong:
 
 status     answers `status` with `headers` (Retry-After: `Fault(kind="status", status=429, retry_after="1")`)
@@ -46,6 +48,7 @@ gzip       the ordinary answer compressed, although nobody asked for that
 bomb       a gzip body of `size` zero bytes
 endless    a body without length that does not end before `size` bytes
 chunked    the ordinary answer with Transfer-Encoding: chunked
+raw        sends `raw` as it stands, then closes
 """
 
 
@@ -65,6 +68,7 @@ class Fault:
     pause_s: float = 0.05
     cut: int = 0
     size: int = 2**30
+    raw: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +371,10 @@ class _Connection(asyncio.Protocol):
         chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
         self.transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
 
+    async def raw(self, fault: Fault, path: str, query: str) -> None:
+        self.transport.write(fault.raw)
+        self.transport.close()
+
 
 _FAULTS: dict[str, Callable[[_Connection, Fault, str, str], Awaitable[None]]] = {kind: getattr(_Connection, kind) for kind in get_args(Kind)}
 
@@ -388,7 +396,7 @@ def _reset(transport: asyncio.Transport) -> None:
 
 def _fault_of_query(query: str) -> Fault:
     """`fault=status&status=503&times=2&header=X-Robots-Tag:noai` -> Fault."""
-    types: dict[str, Callable[[str], Any]] = {"times": int, "status": int, "count": int, "cut": int, "size": int, "pause_s": float}
+    types: dict[str, Callable[[str], Any]] = {"times": int, "status": int, "count": int, "cut": int, "size": int, "pause_s": float, "raw": str.encode}
     known = {one.name for one in fields(Fault)}
     pairs = parse_qsl(query)
     values = {name: types.get(name, str)(value) for name, value in pairs if name in known}

@@ -127,17 +127,18 @@ WORDS = """red blue green small old wooden quiet bright modern handmade vintage 
     mountain beach harbour festival portrait landscape pattern poster recipe interior in on near under with and of for sale stock photo
     free high resolution download now new york paris tokyo summer winter morning night two three young woman man dog sitting standing
     walking sunset water boat sky clouds city skyline vector illustration background white black wedding birthday cake food plate salad"""
+VOCABULARY = np.array(WORDS.split())
 
 
 def make_captions(count: int, generator: np.random.Generator) -> list[str]:
     """Captions of 6 to 16 words."""
-    return [" ".join(generator.choice(WORDS.split(), generator.integers(6, 17))) for _ in range(count)]
+    return [" ".join(generator.choice(VOCABULARY, generator.integers(6, 17))) for _ in range(count)]
 
 
 def _exchange(text: str, count: int, generator: np.random.Generator) -> str:
     words = text.split()
     for place in generator.choice(len(words), count, replace=False):
-        words[place] = str(generator.choice(WORDS.split()))
+        words[place] = str(generator.choice(VOCABULARY))
     return " ".join(words)
 
 
@@ -149,7 +150,7 @@ def _drop_word(text: str, generator: np.random.Generator) -> str:
 
 CAPTION_CHANGES: dict[str, Callable[[str, np.random.Generator], str]] = {
     "case and punctuation": lambda text, _: text.title().replace(" ", ", ", 2) + "!",
-    "a word more at the end": lambda text, generator: f"{text} {generator.choice(WORDS.split())}",
+    "a word more at the end": lambda text, generator: f"{text} {generator.choice(VOCABULARY)}",
     "a word dropped": _drop_word,
     "one word exchanged": lambda text, generator: _exchange(text, 1, generator),
     "two words exchanged": lambda text, generator: _exchange(text, 2, generator),

@@ -168,6 +168,63 @@ def test_names_that_do_not_resolve(is_final: bool, num_lookups: int) -> None:
     assert num_lookups <= len(asked) <= 2 * num_lookups, "one lookup serves all who wait"
 
 
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", {"connection"}),
+        (b"\r\n\r\n", {"connection", "protocol"}),
+        (b"HTTP/1.1", {"connection", "protocol"}),
+        (b"HTTP/1.1 200", {"connection", "protocol"}),
+        (b"HTTP/9.9 200 OK\r\n\r\nx", {"protocol", ""}),
+        (b"HTTP/1.1 99 Low\r\n\r\n", {"protocol", "http_99"}),
+        (b"HTTP/1.1 1000 High\r\n\r\n", {"protocol"}),
+        (b"HTTP/1.1 abc\r\n\r\n", {"protocol"}),
+        (b"HTTP/1.1 999 Denied\r\nContent-Length: 0\r\n\r\n", {"http_999"}),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 50, {"connection", "protocol"}),
+        (b"HTTP/1.1 103 Early\r\n\r\n" + OK + b"Content-Length: 4\r\n\r\nabcd", {""}),
+        (b"HTTP/1.0 200 OK\r\n\r\nabcd", {""}),
+        (b"HTTP/1.1 200\r\n\r\nabcd", {""}),
+        (OK + b"Content-Length: -5\r\n\r\nabcd", {"protocol"}),
+        (OK + b"Content-Length: 4, 5\r\n\r\nabcd", {"protocol"}),
+        (OK + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd", {"protocol", "wrong_length"}),
+        (OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nabcd", {"protocol", "file_too_large"}),
+        (OK + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n", {"protocol", ""}),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabcd", {"protocol", "wrong_length"}),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcd", {"wrong_length"}),
+        (OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffff\r\nabcd", {"protocol", "wrong_length"}),
+        (OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n", {"protocol", "wrong_length", ""}),
+        (OK + b"Transfer-Encoding: rot13\r\n\r\nabcd", {"protocol", "wrong_length", ""}),
+        (OK + b"X: " + b"y" * 100_000 + b"\r\n\r\n", {"protocol"}),
+        (OK + b"".join(b"X%d: y\r\n" % number for number in range(5000)) + b"\r\n", {"protocol"}),
+        (OK + b"No colon here\r\n\r\nabcd", {"protocol"}),
+        (OK + b": no name\r\n\r\nabcd", {"protocol"}),
+        (OK + b"X-Robots-Tag: \xff\xfe\xc3\r\nRetry-After: \xff\r\nContent-Encoding: \xff\r\n\r\nabcd", {"protocol"}),
+        (OK + b"X-Robots-Tag: \xff\xfe\xc3\r\nTDM-Reservation: \xff\r\nContent-Length: 4\r\n\r\nabcd", {"", "protocol"}),
+        (OK + b"Set-Cookie: a=b; Domain=\xff; Expires=never\r\nContent-Length: 4\r\n\r\nabcd", {"", "protocol"}),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://\xff\xfe/\r\nContent-Length: 0\r\n\r\n", {"redirects", "dns", "protocol"}),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://a b/\r\nContent-Length: 0\r\n\r\n", {"redirects"}),
+        (b"HTTP/1.1 302 Found\r\nLocation: " + b"x" * 8000 + b"\r\nContent-Length: 0\r\n\r\n", {"http_404"}),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\nabcd", {"protocol", "http_101"}),
+        (b"HTTP/1.1 429 Wait\r\nRetry-After: " + b"9" * 5000 + b"\r\nContent-Length: 0\r\n\r\n", {"http_429"}),
+        (b"SSH-2.0-OpenSSH_9.0\r\n", {"protocol", "connection"}),
+        (b"ICY 200 OK\r\n\r\nabcd", {"protocol"}),
+        (b"\x00" * 1000, {"protocol", "connection"}),
+    ],
+)
+def test_hostile_responses_are_verdicts_and_never_errors(raw: bytes, expected: set[str]) -> None:
+    async def lookup(host: str) -> list[str]:
+        raise DnsFailed("NXDOMAIN", is_final=True)
+
+    with WebServer({}) as server:
+        answer = fetch_one(server.fault("/a", Fault(kind="raw", raw=raw)), retries=0, timeout_s=5.0, respect_robots=False, lookup=lookup)
+    assert reason(answer) in expected
+    if not answer.drop:
+        assert answer.data == b"abcd" or raw.startswith(b"HTTP/9.9")
+
+
 def test_nothing_listens() -> None:
     with WebServer({}) as server:
         port = server.port
