@@ -15,27 +15,17 @@ from typing import IO, cast
 from configs.errors import UserError
 from data_prep.filters.sets import HashSet, NearSet, hash_of
 from data_prep.inputs import open_input
-from data_prep.takedown_rules import MAX_DISTANCE, normal_url
+from data_prep.takedown_rules import DISTANCE, MAX_DISTANCE, normal_url
 
-TAKEDOWN_DISTANCE = 4
-"""Bits within which `phash HEX` matches, where no number follows."""
-
-_SIMPLE_URL = re.compile(r"https?(://[a-z0-9-]+(?:\.[a-z0-9-]+)*/[^\s#]*[^\s#?])")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/?#]")
 _HOST = re.compile(r"://([^/:?#]*)")
 _DOMAIN = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 _PHASH = re.compile(r"([0-9a-fA-F]{16})(?:\s+(\d+))?")
 
 
-def canonical_url(address: str) -> str:
-    """The form in which addresses are compared: `takedown_rules.normal_url`, quickly where nothing is special."""
-    simple = _SIMPLE_URL.fullmatch(address)
-    return f"http{simple[1]}" if simple else normal_url(address)
-
-
-def host_of(canonical: str) -> str:
-    """Host of a canonical address, as ASCII in lower case without port; empty if there is none."""
-    found = _HOST.search(canonical)
+def host_of(address: str) -> str:
+    """Host of an address in its `normal_url` form, as ASCII in lower case without port; empty if there is none."""
+    found = _HOST.search(address)
     return found[1] if found else ""
 
 
@@ -53,15 +43,15 @@ class AddressList:
     urls: HashSet = field(default_factory=HashSet)
     domains: HashSet = field(default_factory=HashSet)
 
-    def find_url(self, canonical: str) -> bool:
-        """Whether this very address is listed."""
-        return canonical in self.urls
+    def find_url(self, address: str) -> bool:
+        """Whether this very address, in its `normal_url` form, is listed."""
+        return address in self.urls
 
-    def find_domain(self, canonical: str) -> str | None:
+    def find_domain(self, address: str) -> str | None:
         """The listed domain that the address lies in, itself or below it."""
         if not len(self.domains):
             return None
-        return next((domain for domain in domains_of(host_of(canonical)) if domain in self.domains), None)
+        return next((domain for domain in domains_of(host_of(address)) if domain in self.domains), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +74,7 @@ def load_urls(path: str) -> HashSet:
     for number, line in read_lines(path):
         if not _ADDRESS.match(line):
             raise _malformed(path, number, line, "an address such as https://example.org/picture.jpg")
-        found.append(hash_of(canonical_url(line)))
+        found.append(hash_of(normal_url(line)))
     return HashSet(found)
 
 
@@ -129,12 +119,12 @@ def load_takedowns(path: str | None, more: Iterable[str] = ()) -> TakedownList:
             kind, _, value = line.partition(" ")
             value = value.strip()
             if kind == "url" and _ADDRESS.match(value):
-                urls.append(hash_of(canonical_url(value)))
+                urls.append(hash_of(normal_url(value)))
             elif kind == "domain" and (domain := _domain(value)):
                 domains.append(hash_of(domain))
             elif kind == "sha256" and re.fullmatch(r"[0-9a-fA-F]{64}", value):
                 contents.append(hash_of(bytes.fromhex(value)))
-            elif kind == "phash" and (found := _PHASH.fullmatch(value)) and (distance := int(found[2] or TAKEDOWN_DISTANCE)) <= MAX_DISTANCE:
+            elif kind == "phash" and (found := _PHASH.fullmatch(value)) and (distance := int(found[2] or DISTANCE)) <= MAX_DISTANCE:
                 looks.setdefault(distance, []).append(int(found[1], 16))
             else:
                 _refuse(str(where), number, line, f"`url ADDRESS`, `domain NAME`, `sha256 HEX` or `phash HEX [0-{MAX_DISTANCE}]`")
@@ -188,7 +178,7 @@ def _domain(text: str) -> str | None:
     """A domain in its one form; None if it is none."""
     if _DOMAIN.fullmatch(text):
         return text
-    host = host_of(canonical_url(f"http://{text.removeprefix('*.').strip('.')}/")) if not re.search(r"[\s/:@?#]", text) else ""
+    host = host_of(normal_url(f"http://{text.removeprefix('*.').strip('.')}/")) if not re.search(r"[\s/:@?#]", text) else ""
     return host if _DOMAIN.fullmatch(host) else None
 
 

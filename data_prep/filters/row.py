@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.config import FilterConfig
-from data_prep.filters.lists import AddressList, TakedownList, canonical_url, digest_of, load_domains, load_expressions, load_takedowns, load_urls
+from data_prep.filters.lists import AddressList, TakedownList, digest_of, load_domains, load_expressions, load_takedowns, load_urls
 from data_prep.filters.scores import check_bounds
 from data_prep.filters.sets import HashSet
 from data_prep.filters.text import check_caption, check_languages
 from data_prep.reasons import Drop
+from data_prep.takedown_rules import normal_url
 
 
 class RowFilter:
@@ -33,7 +34,8 @@ class RowFilter:
         """Reads the lists.
 
         Args:
-            more_takedowns: rules as lines of `filters.takedown`, such as those of takedowns of an earlier generation.
+            more_takedowns: rules as lines of `filters.takedown`, such as those of takedowns of an earlier generation; rules on keys,
+                which name published samples, do not count.
 
         Raises:
             UserError: a list is missing or has a malformed line, or a language is not known.
@@ -77,7 +79,7 @@ class RowFilter:
         """
         if not url or not self._has_addresses:
             return
-        address = canonical_url(url)
+        address = normal_url(url)
         if self._takedown.addresses.find_url(address):
             raise Drop("takedown", "url")
         if (domain := self._takedown.addresses.find_domain(address)) is not None:
