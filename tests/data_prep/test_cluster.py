@@ -108,7 +108,6 @@ ELSEWHERE = textwrap.dedent(
     from ray.cluster_utils import Cluster
     from configs.errors import UserError
     from data_prep.cluster import ray_session, run_tasks
-    from data_prep.cluster.tasks import logger
     from data_prep.config import RayConfig
     del os.environ["PYTHONPATH"]  # the nodes know nothing of our code
 

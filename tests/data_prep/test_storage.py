@@ -16,8 +16,8 @@ import pytest
 
 from configs.errors import UserError
 from data_prep.storage import LocalStorage, ObjectStorage, Storage, open_storage
-from data_prep.storage.clients import FsspecClient
-from data_prep.storage.s3 import S3Client
+from data_prep.stores.clients import FsspecClient
+from data_prep.stores.s3 import S3Client
 from tests.data_prep.s3_proxy import S3Proxy, own_authority, s3_proxy, times
 
 MIB = 2**20

@@ -3,13 +3,14 @@
 A write is all or nothing: a reader sees the old object, the new one, or none; never a half. Locally that is a temporary
 file, fsync and rename; on an object store it is one put, or one multipart upload that is aborted when it fails.
 `fs.open(..., "wb")` is never used: s3fs publishes what was written so far when the body of the `with` fails.
+The kinds of storage are in `stores/`.
 """
 
 import os
 
-from data_prep.storage.base import Storage, writing
-from data_prep.storage.local import TEMPORARY, LocalStorage
-from data_prep.storage.objects import ObjectStorage
+from data_prep.stores.base import Storage, writing
+from data_prep.stores.local import TEMPORARY, LocalStorage
+from data_prep.stores.objects import ObjectStorage
 
 __all__ = ["TEMPORARY", "LocalStorage", "ObjectStorage", "Storage", "open_storage", "writing"]
 

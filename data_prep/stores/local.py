@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data_prep.storage.base import Storage, checked, writing
+from data_prep.stores.base import Storage, checked, writing
 
 TEMPORARY = ".tmp"
 """Folder for unfinished files below a local data set; no listing shows it and its contents are worthless after a crash."""

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.storage.clients import FsspecClient
+from data_prep.stores.clients import FsspecClient
 
 _ATTEMPTS = 4
 _MAX_PARTS = 10_000

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configs.errors import UserError
-from data_prep.storage.base import Storage, checked, writing
-from data_prep.storage.clients import Client, FsspecClient
-from data_prep.storage.s3 import S3Client
+from data_prep.stores.base import Storage, checked, writing
+from data_prep.stores.clients import Client, FsspecClient
+from data_prep.stores.s3 import S3Client
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from data_prep.config import RayConfig
 
 logger = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[1]
 """Where `data_prep` and `configs` are imported from."""
 
 _PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "OMP_NUM_THREADS")

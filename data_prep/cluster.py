@@ -1,4 +1,4 @@
-"""Many tasks, a bounded number of them at a time, and an end in every case.
+"""Ray: many tasks, a bounded number of them at a time, and an end in every case.
 
 - A task that takes far longer than the others gets a second copy on a free CPU; the first to finish counts.
 - One that takes longer still is stopped and started afresh, once.
@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from configs.errors import UserError
-from data_prep.cluster.session import num_slots
 from data_prep.config import PrepConfig, RayConfig
+from data_prep.ray_session import num_slots, ray_session
+
+__all__ = ["num_slots", "ray_session", "run_tasks"]
 
 logger = logging.getLogger(__name__)
 
