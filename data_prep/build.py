@@ -20,7 +20,7 @@ from data_prep.config import PrepConfig
 from data_prep.dedup.run import find_duplicates
 from data_prep.diagnosis import Watch, diagnose
 from data_prep.ledger import LEDGER
-from data_prep.part import PARTS, Job, PartRecord, write_part
+from data_prep.part import PARTS, PartRecord, write_part
 from data_prep.plan import Plan, Task, plan_path
 from data_prep.progress import Progress
 from data_prep.reasons import explain
@@ -38,6 +38,7 @@ from data_prep.shard import (
     write_shard,
 )
 from data_prep.storage import Storage
+from data_prep.task_samples import Job
 from data_prep.tokenizer import make_tokenizer
 
 logger = logging.getLogger(__name__)

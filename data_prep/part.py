@@ -1,70 +1,35 @@
-"""The work of one task, as plain functions: rows of the input -> a part.
+"""One task -> one part: its samples written down in the order of their numbers, with index, metadata, failures and a record.
 
-For every row: judge its text and the lists, fetch it if the input only names an address, judge its header, decode, filter, hash, encode.
-Fetching goes on in the background while this thread decodes. What is kept is written in the order of the sample numbers, so that a part's
-bytes depend neither on which answer came first nor on where or how often the task ran.
-
-A part counts once its record exists, and the record is written last and only once: of two copies of a task (a straggler and its stand-in,
-or the worker of a killed run) the first wins, whatever the web served to the other.
+The bytes of a part depend neither on which answer came first nor on where or how often the task ran. A part counts once its record exists,
+and the record is written last and only once: of two copies of a task (a straggler and its stand-in, or the worker of a killed run) the first
+wins, whatever the web served to the other.
 """
 
-import hashlib
 import json
 import secrets
-import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from configs.errors import UserError
 from data_prep import ledger, metadata, run_stats
 from data_prep.config import PrepConfig
-from data_prep.download.downloader import Downloader
-from data_prep.download.request import Answer, Request
-from data_prep.filters.row import RowFilter
-from data_prep.images.header import judge_header
-from data_prep.images.prepare import PreparedImage, prepare_image
-from data_prep.isolation import Isolated
-from data_prep.ledger import Failure
 from data_prep.metadata import Facts
-from data_prep.plan import READERS, Span, Task
-from data_prep.readers.base import RawSample
-from data_prep.reasons import Drop, matches
-from data_prep.run_stats import PartCollector, PartStats
+from data_prep.plan import Task
+from data_prep.run_stats import PartStats
 from data_prep.schema import index_path, tar_path
-from data_prep.scoring import ScoreQueue
 from data_prep.shard_writer import Sample, ShardWriter, stored_bytes
 from data_prep.spool import Prepared, Spool
 from data_prep.storage import LocalStorage, Storage, open_storage, writing
+from data_prep.task_samples import Job, TaskSamples
 
 PARTS = "parts"
 """Folder of the intermediate parts and of the records that say which parts and shards are finished."""
-
-DOWNLOAD_SHARE, DECODE_SHARE = 4, 2
-"""Of a task's memory a quarter may hold bodies that wait for their decoding, and half the picture that is being decoded."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What all tasks of one run share beside the configuration."""
-
-    generation: int
-    num_workers: int = 1
-    """Tasks that run at once: they share out `download.per_host`."""
-    takedowns: tuple[str, ...] = ()
-    """Rules of earlier `jetway takedown` calls, in the format of `filters.takedown`."""
-    scorers: tuple[Any, ...] = ()
-    """Ray actors of `filters.scorer`."""
-    is_isolated: bool = False
-    """Decode in a child process, where a picture that kills the decoder costs only itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +38,7 @@ class PartRecord:
 
     number: int
     name: str
-    """Of the files of the part: `000001/part-000003.1f2e3d`, below `PARTS`."""
+    """Of the files of the part: `000001/part-000003.1f2e3d4c`, below `PARTS`."""
     read: int
     kept: int
     num_heldout: int
@@ -89,6 +54,16 @@ def record_path(generation: int, number: int) -> str:
     return f"{PARTS}/{generation:06d}/part-{number:06d}.json"
 
 
+def failures_path(name: str) -> str:
+    """Path of the failures of a part."""
+    return f"{PARTS}/{name}.failures.jsonl"
+
+
+def dropped_path(name: str) -> str:
+    """Path of the tar of a part's dropped images (`keep_dropped`)."""
+    return f"{PARTS}/{name}.dropped.tar"
+
+
 def is_heldout(sha256: np.ndarray, permille: int) -> np.ndarray:
     """Whether samples belong to the held-out split: bool [N] from the content hashes uint8 [N, 32].
 
@@ -96,11 +71,6 @@ def is_heldout(sha256: np.ndarray, permille: int) -> np.ndarray:
     """
     leading = np.ascontiguousarray(sha256[:, :8]).view(">u8")[:, 0]
     return leading % np.uint64(1000) < np.uint64(permille)
-
-
-def clean_caption(text: str) -> str:
-    """The caption with runs of white space made one space, and what UTF-8 cannot hold replaced."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def write_part(config: PrepConfig, job: Job, task: Task) -> tuple[PartRecord, PartStats]:
@@ -112,13 +82,11 @@ def write_part(config: PrepConfig, job: Job, task: Task) -> tuple[PartRecord, Pa
     Raises:
         UserError: the output is full or not writable. A bad sample raises nothing: it is dropped and listed.
     """
-    cv2.setNumThreads(1)  # one task per CPU: OpenCV's own threads would fight over them
     storage = open_storage(config.output)
-    with ExitStack() as stack:
-        stack.enter_context(writing(f"{config.output}/{PARTS}"))
-        builder = PartBuilder(config, job, task, storage.scratch(), stack)
-        builder.run(storage)
-        return builder.publish(storage)
+    with writing(f"{config.output}/{PARTS}"), ExitStack() as stack:
+        samples = TaskSamples(config, job, task, storage.scratch(), stack)
+        samples.run(storage)
+        return _publish(storage, config, job, task, samples)
 
 
 def measure(task: Task, config: PrepConfig) -> tuple[PartStats, list[Facts], int]:
@@ -127,275 +95,73 @@ def measure(task: Task, config: PrepConfig) -> tuple[PartStats, list[Facts], int
     Returns:
         Statistics, what is known of the samples kept, and the bytes that they would take in a shard.
     """
-    cv2.setNumThreads(1)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        builder = PartBuilder(config, Job(generation=1), task, folder, stack)
-        builder.run(LocalStorage(folder))
-        return builder.result()
-
-
-class PartBuilder:
-    """The samples of one task on their way: judged, fetched, prepared, spooled."""
-
-    def __init__(self, config: PrepConfig, job: Job, task: Task, scratch: Path, stack: ExitStack) -> None:
-        self._config, self._job, self._task, self._scratch = config, job, task, scratch
-        self._filter = RowFilter.from_config(config.filters, more_takedowns=job.takedowns)
-        self._spool = stack.enter_context(Spool(scratch))
-        self._dropped = stack.enter_context(Spool(scratch))
-        self._scores = ScoreQueue(job.scorers) if job.scorers else None
-        self._prepare: Callable[[bytes], PreparedImage] = partial(_prepare, config=config)
-        if job.is_isolated:
-            self._prepare = stack.enter_context(Isolated(self._prepare))
-        self._collector = PartCollector()
-        self._unscored: dict[int, tuple[Facts, int, Answer | None]] = {}
-        self._failures: list[Failure] = []
-        self._retried: Counter[str] = Counter()
-
-    def run(self, storage: Storage) -> None:
-        """Takes every row of the task to the spool or to the failures."""
-        waiting: dict[int, RawSample] = {}
-        for number, raw in self._rows(storage):
-            try:
-                caption = self._judge(raw)
-                if raw.url is not None and not raw.image:
-                    waiting[number] = replace(raw, caption=caption)
-                    continue
-                self._take(number, replace(raw, caption=caption), raw.image)
-            except Drop as problem:
-                self._drop(number, raw, problem, data=raw.image)
-        if waiting:
-            self._fetch(waiting)
-        if self._scores is not None:
-            self._settle(self._scores.finish())
-
-    def result(self) -> tuple[PartStats, list[Facts], int]:
-        """Statistics, what is known of the samples kept, and the bytes that they would take in a shard."""
+        samples = TaskSamples(config, Job(generation=1), task, folder, stack)
+        samples.run(LocalStorage(folder))
         facts, num_bytes = [], 0
-        for sample in self._spool:
+        for sample in samples.kept:
             facts.append(sample.facts)
             num_bytes += stored_bytes(len(sample.image), len(sample.facts.caption.encode()), len(_json(sample.values)))
-        return self._collector.finish(), facts, num_bytes
+        return samples.stats(), facts, num_bytes
 
-    def publish(self, storage: Storage) -> tuple[PartRecord, PartStats]:
-        """Writes the files of the part under a name of its own, then the record, unless another copy was first."""
-        number, kept = self._task.number, len(self._spool)
-        name = f"{self._job.generation:06d}/part-{number:06d}.{secrets.token_hex(4)}"
-        num_heldout, index_sha256 = 0, ""
-        if kept:
-            num_heldout, index_sha256 = self._publish_kept(storage, name)
-        if self._failures:
-            storage.put_bytes(failures_path(name), ledger.to_bytes(self._failures))
-        if len(self._dropped):
-            self._publish_dropped(storage, name)
-        record = PartRecord(
-            number=number,
-            name=name,
-            read=kept + len(self._failures),
-            kept=kept,
-            num_heldout=num_heldout,
-            dropped=dict(sorted(Counter(failure.reason for failure in self._failures).items())),
-            retried=dict(sorted(self._retried.items())),
-            index_sha256=index_sha256,
-        )
-        stats = self._collector.finish()
-        run_stats.dump_part(storage, self._job.generation, number, stats)
-        path = record_path(self._job.generation, number)
-        if storage.put_new(path, json.dumps(asdict(record)).encode()):
-            return record, stats
-        for ours in (tar_path(name, PARTS), index_path(name, PARTS), metadata.metadata_path(name, PARTS), failures_path(name), dropped_path(name)):
-            storage.delete(ours)
-        return PartRecord(**json.loads(storage.read_bytes(path))), stats
 
-    def _rows(self, storage: Storage) -> Iterator[tuple[int, RawSample]]:
-        """(number, sample), exactly as many as planned: an input that has shrunk since must not shift the keys of the others."""
-        for span in self._task.spans:
-            part = span.part
-            if self._task.reasons:
-                rows = self._second_chances(span, storage)
-                if not rows:
-                    continue
-                part = replace(part, rows=rows)
-            left = dict.fromkeys(part.rows or range(part.count))
-            problem = Drop("missing_file", "the input has shrunk since the plan was made")
-            try:
-                for raw in READERS[part.kind].read(part, self._config):
-                    if raw.number in left:
-                        del left[raw.number]
-                        yield span.first_sample + raw.number, raw
-            except (OSError, tarfile.TarError) as error:
-                problem = Drop("missing_file" if isinstance(error, FileNotFoundError) else "unreadable", str(error))
-            for offset in left:
-                source = f"{part.path.rpartition('/')[2]}#{part.start + offset}"
-                yield span.first_sample + offset, RawSample(source=source, number=offset, problem=problem)
-
-    def _second_chances(self, span: Span, storage: Storage) -> tuple[int, ...]:
-        """Offsets of the samples of a span that fail for one of the reasons to be tried again."""
-        numbers = range(span.first_sample, span.first_sample + span.part.count)
-        wanted = frozenset(self._task.reasons)
-        found = {number: failure for number, failure in ledger.failing(storage, span.history, numbers).items() if matches(failure.reason, wanted)}
-        own = set(span.part.rows or range(span.part.count))  # numbers below a slice's first row are those of other samples
-        chosen = {number - span.first_sample: failure for number, failure in found.items() if number - span.first_sample in own}
-        self._retried.update(failure.reason for failure in chosen.values())
-        return tuple(sorted(chosen))
-
-    def _judge(self, raw: RawSample) -> str:
-        """The clean caption of a row that may be kept as far as its text, address and columns tell."""
-        if raw.problem is not None:
-            raise raw.problem
-        caption = clean_caption(raw.caption or "")
-        if not caption and self._config.missing_caption == "drop":
-            raise Drop("missing_caption")
-        if len(caption.encode()) > self._config.limits.max_caption_bytes:
-            raise Drop("caption_too_long", f"{len(caption.encode())} bytes")
-        self._filter.check_row(raw.url, caption, raw.extra)
-        return caption
-
-    def _fetch(self, waiting: dict[int, RawSample]) -> None:
-        config = self._config
-        if not config.download.contact and any((raw.url or "").startswith(("http://", "https://")) for raw in waiting.values()):
-            raise UserError(
-                "download.contact is not set",
-                expected="a mail address or a page about this crawl, which goes into the user agent",
-                fix="add download.contact=you@example.org",
-            )
-        requests = (Request(number=number, url=raw.url or "") for number, raw in sorted(waiting.items()))
-        downloader = Downloader(
-            config.download,
-            max_file_bytes=config.limits.max_file_bytes,
-            memory_bytes=config.ray.memory_per_task_bytes // DOWNLOAD_SHARE,
-            share=self._job.num_workers,
-            judge=lambda prefix, total: judge_header(prefix, total, config.image, config.limits),
-        )
-        with downloader:
-            for answer in downloader.fetch(requests):
-                raw = waiting.pop(answer.number)
-                try:
-                    if answer.drop is not None:
-                        raise answer.drop
-                    self._take(answer.number, raw, answer.data, answer)
-                except Drop as problem:
-                    self._drop(answer.number, raw, problem, data=answer.data, answer=answer)
-
-    def _take(self, number: int, raw: RawSample, data: bytes, answer: Answer | None = None) -> None:
-        """Prepares one image and spools the sample."""
-        if len(data) > self._config.limits.max_file_bytes:
-            raise Drop("file_too_large", f"{len(data)} bytes")
-        digest = hashlib.sha256(data).digest()
-        self._filter.check_content(digest, None)
-        image = self._prepare(data)
-        self._filter.check_content(digest, image.phash)
-        facts = Facts(
-            key=f"{number:010d}",
-            source=raw.source,
-            url=raw.url or "",
-            caption=raw.caption or "",
-            width=image.width,
-            height=image.height,
-            format=image.format,
-            jpeg_quality=image.jpeg_quality,
-            num_bytes=len(data),
-            sha256=digest,
-            phash=image.phash,
-        )
-        self._spool.add(Prepared(number=number, image=image.data, values=sample_values(facts, raw), facts=facts))
-        if self._scores is None:
-            self._collector.kept(facts, num_bytes_out=len(image.data), answer=answer)
-            return
-        self._unscored[number] = (facts, len(image.data), replace(answer, data=b"") if answer is not None else None)
-        self._settle(self._scores.put(number, image.data, facts.caption))
-
-    def _settle(self, scored: Iterator[tuple[int, dict[str, float]]]) -> None:
-        """Notes scores in their samples, and drops those outside the bounds."""
-        for number, scores in scored:
-            facts, num_bytes, answer = self._unscored.pop(number)
-            try:
-                self._filter.check_scores(scores)
-                self._spool.note(number, "scores", scores)
-                self._collector.kept(facts, num_bytes_out=num_bytes, answer=answer)
-            except Drop as problem:
-                self._spool.remove(number)
-                self._fail(number, facts.source, facts.url, problem, answer)
-
-    def _drop(self, number: int, raw: RawSample, problem: Drop, *, data: bytes, answer: Answer | None = None) -> None:
-        self._fail(number, raw.source, raw.url or "", problem, answer)
-        if data and self._config.keep_dropped and problem.reason != "takedown":
-            failure = self._failures[-1]
-            digest = hashlib.sha256(data).digest()
-            facts = _facts_of_dropped(failure, clean_caption(raw.caption or ""), digest)
-            values = {**asdict(failure), "sha256": digest.hex(), "extra": raw.extra}
-            self._dropped.add(Prepared(number=number, image=data, values=values, facts=facts))
-
-    def _fail(self, number: int, source: str, url: str, problem: Drop, answer: Answer | None = None) -> None:
-        self._failures.append(Failure(number=number, source=source, url=url, reason=problem.reason, detail=problem.detail))
-        self._collector.dropped(problem.reason, problem.detail, url=url or None, answer=answer)
-
-    def _publish_kept(self, storage: Storage, name: str) -> tuple[int, str]:
-        """(samples of the held-out split, hash of the index)."""
-        rows: list[Facts] = []
-        with ShardWriter(self._scratch / name.replace("/", "-"), self._config.image.format) as writer:
-            for sample in self._spool:
-                facts = sample.facts
-                writer.add(
-                    Sample(key=facts.key, image=sample.image, txt=facts.caption.encode(), json=_json(sample.values), sha256=facts.sha256),
-                )
-                rows.append(facts)
-            num_heldout = int(is_heldout(writer.content_hashes(), self._config.heldout_permille).sum())
-            info = writer.publish(storage, name, folder=PARTS)
-        metadata.dump(storage, name, metadata.table_of(rows), folder=PARTS)
-        return num_heldout, info.index_sha256
-
-    def _publish_dropped(self, storage: Storage, name: str) -> None:
-        with ShardWriter(self._scratch / f"{name.replace('/', '-')}.dropped", "bin") as writer:
-            for sample in self._dropped:
-                facts = sample.facts
-                writer.add(Sample(key=facts.key, image=sample.image, txt=facts.caption.encode(), json=_json(sample.values), sha256=facts.sha256))
+def _publish(storage: Storage, config: PrepConfig, job: Job, task: Task, samples: TaskSamples) -> tuple[PartRecord, PartStats]:
+    """Writes the files of the part under a name of its own, then the record, unless another copy was first."""
+    number, kept = task.number, len(samples.kept)
+    name = f"{job.generation:06d}/part-{number:06d}.{secrets.token_hex(4)}"
+    num_heldout, index_sha256 = 0, ""
+    if kept:
+        num_heldout, index_sha256 = _publish_kept(storage, config, name, samples.kept)
+    if samples.failures:
+        storage.put_bytes(failures_path(name), ledger.to_bytes(samples.failures))
+    if len(samples.dropped):
+        with ShardWriter(_scratch(storage, dropped_path(name)), "bin") as writer:
+            for sample in samples.dropped:
+                writer.add(_stored(sample))
             writer.publish_tar(storage, dropped_path(name))
-
-
-def _prepare(data: bytes, config: PrepConfig) -> PreparedImage:
-    """A function of the module, because it may have to travel to a child process."""
-    return prepare_image(data, config.image, config.limits, config.filters, config.ray.memory_per_task_bytes // DECODE_SHARE)
-
-
-def failures_path(name: str) -> str:
-    """Path of the failures of a part."""
-    return f"{PARTS}/{name}.failures.jsonl"
-
-
-def dropped_path(name: str) -> str:
-    """Path of the tar of a part's dropped images (`keep_dropped`)."""
-    return f"{PARTS}/{name}.dropped.tar"
-
-
-def sample_values(facts: Facts, raw: RawSample) -> dict[str, Any]:
-    """The JSON member of a sample."""
-    values: dict[str, Any] = {"key": facts.key, "caption": facts.caption, "source": facts.source}
-    if facts.url:
-        values["url"] = facts.url
-    values |= {"width": facts.width, "height": facts.height, "format": facts.format, "jpeg_quality": facts.jpeg_quality}
-    values |= {"sha256": facts.sha256.hex(), "phash": f"{facts.phash:016x}"}
-    if raw.label is not None:
-        values["label"] = raw.label
-    if raw.extra:
-        values["extra"] = dict(raw.extra)
-    return values
-
-
-def _facts_of_dropped(failure: Failure, caption: str, sha256: bytes) -> Facts:
-    return Facts(
-        key=f"{failure.number:010d}",
-        source=failure.source,
-        url=failure.url,
-        caption=caption,
-        width=0,
-        height=0,
-        format="",
-        jpeg_quality=-1,
-        num_bytes=0,
-        sha256=sha256,
-        phash=0,
+    record = PartRecord(
+        number=number,
+        name=name,
+        read=kept + len(samples.failures),
+        kept=kept,
+        num_heldout=num_heldout,
+        dropped=dict(sorted(Counter(failure.reason for failure in samples.failures).items())),
+        retried=dict(sorted(samples.retried.items())),
+        index_sha256=index_sha256,
     )
+    stats = samples.stats()
+    run_stats.dump_part(storage, job.generation, number, stats)
+    path = record_path(job.generation, number)
+    if storage.put_new(path, json.dumps(asdict(record)).encode()):
+        return record, stats
+    ours = (tar_path(name, PARTS), index_path(name, PARTS), metadata.metadata_path(name, PARTS), failures_path(name), dropped_path(name))
+    storage.delete_many(ours)
+    return PartRecord(**json.loads(storage.read_bytes(path))), stats
+
+
+def _publish_kept(storage: Storage, config: PrepConfig, name: str, kept: Spool) -> tuple[int, str]:
+    """(samples of the held-out split, hash of the index)."""
+    rows: list[Facts] = []
+    with ShardWriter(_scratch(storage, name), config.image.format) as writer:
+        for sample in kept:
+            rows.append(sample.facts)
+            writer.add(_stored(sample))
+        num_heldout = int(is_heldout(writer.content_hashes(), config.heldout_permille).sum())
+        info = writer.publish(storage, name, folder=PARTS)
+    metadata.dump(storage, name, metadata.table_of(rows), folder=PARTS)
+    return num_heldout, info.index_sha256
+
+
+def _stored(sample: Prepared) -> Sample:
+    """The sample as it stands in a tar."""
+    facts = sample.facts
+    return Sample(key=facts.key, image=sample.image, txt=facts.caption.encode(), json=_json(sample.values), sha256=facts.sha256)
+
+
+def _scratch(storage: Storage, name: str) -> Path:
+    """A local file for building what will be published as `name`, which is unique."""
+    return storage.scratch() / name.replace("/", "-")
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

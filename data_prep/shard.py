@@ -18,11 +18,12 @@ from data_prep import ledger, metadata
 from data_prep.config import PrepConfig
 from data_prep.dedup.run import verdicts
 from data_prep.ledger import Failure
-from data_prep.part import PARTS, Job, PartRecord, dropped_path, failures_path, is_heldout
+from data_prep.part import PARTS, PartRecord, dropped_path, failures_path, is_heldout
 from data_prep.run_stats import PartCollector, PartStats
 from data_prep.schema import ShardIndex, ShardInfo, shard_name, tar_path
 from data_prep.shard_writer import Sample, ShardWriter
 from data_prep.storage import Storage, open_storage, writing
+from data_prep.task_samples import Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from typing import Any
 from configs.loader import load_config
 from data_prep.cluster import ray_session, run_tasks
 from data_prep.config import PrepConfig
-from data_prep.part import Job, write_part
+from data_prep.part import write_part
 from data_prep.plan import make_plan
+from data_prep.task_samples import Job
 
 SAMPLES_PER_TASK = 250
 

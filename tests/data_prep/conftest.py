@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from data_prep.config import ImageConfig, PrepConfig, RayConfig, TokenizerConfig
-from data_prep.part import Job, write_part
+from data_prep.part import write_part
 from data_prep.plan import make_plan
 from data_prep.prepare import prepare
 from data_prep.schema import ShardInfo
 from data_prep.shard import PartCounts, plan_shards, publish_failures, write_shard
+from data_prep.task_samples import Job
 
 
 def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:

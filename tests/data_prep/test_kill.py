@@ -17,11 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.part import Job, write_part
+from data_prep.part import write_part
 from data_prep.plan import make_plan
 from data_prep.prepare import prepare
 from data_prep.schema import generations
 from data_prep.storage import LocalStorage
+from data_prep.task_samples import Job
 from tests.data_prep.conftest import files_below, small_config
 
 SCRIPT = """

@@ -15,10 +15,11 @@ import numpy as np
 
 from data_prep import ledger, metadata
 from data_prep.config import FilterConfig, LimitConfig, PrepConfig
-from data_prep.part import Job, PartRecord, clean_caption, failures_path, is_heldout, measure, record_path, write_part
+from data_prep.part import PartRecord, failures_path, is_heldout, measure, record_path, write_part
 from data_prep.plan import make_plan
 from data_prep.schema import ShardIndex, tar_path
 from data_prep.storage import open_storage
+from data_prep.task_samples import Job, clean_caption
 from tests.data_prep.conftest import encoded, files_below, small_config, smooth_pixels
 
 JOB = Job(generation=1)
@@ -179,7 +180,8 @@ def test_a_full_disk_stops_the_task_and_leaves_no_part(make_folder: Callable[...
         import resource, sys
         from configs.errors import UserError
         from data_prep.plan import make_plan
-        from data_prep.part import Job, write_part
+        from data_prep.part import write_part
+from data_prep.task_samples import Job
         from tests.data_prep.conftest import small_config
         from pathlib import Path
         config = small_config(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,11 +11,12 @@ import pytest
 from configs.errors import UserError
 from data_prep import metadata
 from data_prep.config import PrepConfig
-from data_prep.part import Job, is_heldout, write_part
+from data_prep.part import is_heldout, write_part
 from data_prep.plan import make_plan
 from data_prep.schema import ShardIndex
 from data_prep.shard import PartCounts, Piece, plan_shards, shard_name, write_shard
 from data_prep.storage import open_storage
+from data_prep.task_samples import Job
 from tests.data_prep.conftest import files_below, make_shards, small_config
 
 JOB = Job(generation=1)
