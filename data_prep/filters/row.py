@@ -1,5 +1,6 @@
 """All filters of `filters` that need no pixels, made ready once and asked for every sample."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ class RowFilter:
 
     @classmethod
     def from_config(cls, config: FilterConfig, more_takedowns: Iterable[str] = ()) -> "RowFilter":
-        """Reads the lists.
+        """Reads the lists, once per process as long as they do not change.
 
         Args:
             more_takedowns: rules as lines of `filters.takedown`, such as those of takedowns of an earlier generation; rules on keys,
@@ -41,16 +42,7 @@ class RowFilter:
             UserError: a list is missing or has a malformed line, or a language is not known.
         """
         check_languages(config)
-        blocked = AddressList(
-            urls=load_urls(config.blocked_urls) if config.blocked_urls is not None else HashSet(),
-            domains=load_domains(config.blocked_domains) if config.blocked_domains is not None else HashSet(),
-        )
-        return cls(
-            config,
-            blocked=blocked,
-            expressions=load_expressions(config.blocked_text) if config.blocked_text is not None else (),
-            takedown=load_takedowns(config.takedown, more_takedowns),
-        )
+        return _load(config, tuple(more_takedowns), tuple(list_digests(config).items()))
 
     def check_row(self, url: str | None, caption: str, extra: Mapping[str, Any]) -> None:
         """Judges what the input says of a sample, before anything is fetched; what costs most comes last.
@@ -123,3 +115,18 @@ def list_digests(config: FilterConfig) -> dict[str, str]:
     """
     paths = (config.blocked_urls, config.blocked_domains, config.blocked_text, config.takedown)
     return {path: digest_of(path) for path in paths if path is not None}
+
+
+@functools.lru_cache(maxsize=2)
+def _load(config: FilterConfig, more_takedowns: tuple[str, ...], digests: tuple[tuple[str, str], ...]) -> RowFilter:
+    """Many tasks of one process share a filter; `digests` only makes that of other lists another one."""
+    blocked = AddressList(
+        urls=load_urls(config.blocked_urls) if config.blocked_urls is not None else HashSet(),
+        domains=load_domains(config.blocked_domains) if config.blocked_domains is not None else HashSet(),
+    )
+    return RowFilter(
+        config,
+        blocked=blocked,
+        expressions=load_expressions(config.blocked_text) if config.blocked_text is not None else (),
+        takedown=load_takedowns(config.takedown, more_takedowns),
+    )

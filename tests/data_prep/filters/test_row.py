@@ -86,6 +86,16 @@ def test_a_copy_in_another_process_judges_the_same(config: FilterConfig) -> None
     assert verdict(judge.check_content, BYTES, None)[0] == "takedown"
 
 
+def test_lists_are_read_once_as_long_as_they_do_not_change(config: FilterConfig, tmp_path: Path) -> None:
+    judge = RowFilter.from_config(config)
+    assert RowFilter.from_config(config) is judge
+    assert RowFilter.from_config(config, more_takedowns=["domain c.org"]) is not judge
+    (tmp_path / "blocked_domains").write_text("a.org\n")
+    changed = RowFilter.from_config(config)
+    assert verdict(judge.check_url, "http://a.org/x") == ("", "")
+    assert verdict(changed.check_url, "http://a.org/x") == ("blocked_domain", "a.org")
+
+
 def test_no_filter_keeps_everything() -> None:
     judge = RowFilter.from_config(FilterConfig())
     assert verdict(judge.check_row, "not an address", "", {}) == ("", "")
