@@ -181,7 +181,7 @@ def test_a_full_disk_stops_the_task_and_leaves_no_part(make_folder: Callable[...
         from configs.errors import UserError
         from data_prep.plan import make_plan
         from data_prep.part import write_part
-from data_prep.task_samples import Job
+        from data_prep.task_samples import Job
         from tests.data_prep.conftest import small_config
         from pathlib import Path
         config = small_config(Path(sys.argv[1]), Path(sys.argv[2]))
