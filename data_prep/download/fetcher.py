@@ -23,7 +23,7 @@ from data_prep.download.urls import parse_url
 from data_prep.reasons import Drop
 
 _ROBOTS_REDIRECTS = 5
-_CONGESTION = frozenset({"timeout", "connection", "http_429"})
+_CONGESTION = frozenset({"connection", "dns", "http_429", "timeout"})
 
 
 class Tally:
@@ -246,10 +246,10 @@ class Fetcher:
             host.num_responses += 1
         if failure.reason == "http_429" or failure.retry_after_s is not None:
             host.slow_down(0.0 if failure.is_final else failure.retry_after_s or 0.0)
-        if failure.reason in _CONGESTION:
+        if failure.reason in _CONGESTION and not failure.is_final:
             self.concurrency.congested()
         else:
-            self.concurrency.succeeded(is_wanted=self._is_wanted())
+            self.concurrency.succeeded(is_wanted=False)
         if failure.reason not in SICK and not failure.reason.startswith("http_5"):
             host.succeeded()
         elif failure.is_unreachable or tally.is_last_attempt or (failure.is_final and failure.reason != "dns"):

@@ -49,8 +49,8 @@ class Concurrency(Slots):
     """The slots of a whole downloader: additive increase, multiplicative decrease, between 1 and `most`.
 
     While nothing has gone wrong yet every success adds one; after the first burst of failures a whole round of successes does.
-    A burst is a round of outcomes (as many as there are slots) of which at least half were timeouts, broken connections or 429:
-    single hosts that are down do not reach that, a line or a resolver that is overrun does.
+    A burst is a round of outcomes (as many as there are slots) of which at least half were timeouts, broken connections, failing
+    resolvers or 429: single hosts that are down do not reach that, a line or a resolver that is overrun does.
     """
 
     _LEAST_ROUND = 16
@@ -70,7 +70,7 @@ class Concurrency(Slots):
         self._count(0)
 
     def congested(self) -> None:
-        """A timeout, a broken connection, or a 429."""
+        """A timeout, a broken connection, a resolver that failed, or a 429."""
         self._count(1)
 
     def _count(self, congested: int) -> None:

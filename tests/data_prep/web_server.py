@@ -425,8 +425,10 @@ class ServerProcess:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()  # it serves until its input ends, so it never outlives a killed parent
         self.process.wait(10)
+        self.process.stdout.close()
 
     def url(self, path: str, host: str | None = None) -> str:
         """Absolute address of a path, on the first host unless another is named."""

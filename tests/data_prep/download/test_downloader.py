@@ -130,8 +130,10 @@ def test_slow_requests_do_not_hold_up_answers() -> None:
         def trickle() -> Iterator[Request]:
             for number in range(200):
                 if number == 150:
-                    time.sleep(0.3)
-                    assert len(server.requests()) >= 60, "what was taken before was being fetched meanwhile"
+                    waited_until = time.monotonic() + 10
+                    while len(server.requests()) < 60 and time.monotonic() < waited_until:
+                        time.sleep(0.01)
+                    assert len(server.requests()) >= 60, "what was taken before is fetched meanwhile"
                 yield Request(number, server.url(f"/a?{number}"))
 
         assert len(list(downloader.fetch(trickle()))) == 200
