@@ -1,9 +1,10 @@
 """Kills a preparation in the middle and looks at what lies under the names of finished shards: img2dataset, then ours.
 
-    python -m tests.peers.kill_contrast CORPUS [--rows 600]       # CORPUS as tests.benchmarks.corpus writes it
+    python -m tests.peers.kill_contrast CORPUS [--rows 3000]       # CORPUS as tests.benchmarks.corpus writes it
 
-Both read the same addresses from a server of this machine, and get SIGKILL, with all processes that they started, as soon as more than
-a megabyte of images is on disk. A tar counts as broken if `tar tf` does not read it to its end.
+Both read the same addresses from a server of this machine, in twelve shards, and get SIGKILL, with all processes that they started, when
+about a third of the output is on disk. A tar counts as broken if `tar tf` does not read it to its end. (A second run of img2dataset
+would write the broken ones anew; until then, whoever lists the folder takes them for shards.)
 """
 
 import argparse
@@ -24,7 +25,9 @@ from tests.benchmarks.corpus import write_list
 from tests.data_prep.web_server import ServerProcess
 from tests.peers.environments import interpreter
 
-ENOUGH_BYTES = 2**20
+NUM_SHARDS = 12
+BYTES_PER_ROW = 15_000
+"""About a third of what a picture takes in the output."""
 PATIENCE_S = 120.0
 
 
@@ -46,26 +49,27 @@ class Aftermath:
         return f"{self.side}: killed after {self.written_bytes / 2**20:.1f} MiB; {found}{': ' + ', '.join(self.broken) if self.broken else ''}"
 
 
-def kill_midway(side: str, command: Sequence[str], output: Path, log: Path, pattern: str) -> Aftermath:
-    """Runs a command, kills its whole tree once it has written enough, and judges the files of `output` that match `pattern`.
+def kill_midway(side: str, command: Sequence[str], output: Path, enough: int) -> Aftermath:
+    """Runs a command, kills its whole tree once it has written `enough` bytes, and judges every tar of the output under its final name.
 
     Raises:
         RuntimeError: it ended, or wrote nothing for two minutes, before it could be killed.
     """
+    log = output.with_suffix(".log")
     deadline = time.monotonic() + PATIENCE_S
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **PEER_ENV})
         try:
-            while _bytes_below(output) < ENOUGH_BYTES:
+            while _bytes_below(output) < enough:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{side} could not be killed in the middle: see {log}")
-                time.sleep(0.01)
+                time.sleep(0.02)
         finally:
             for pid in [process.pid, *descendants(process.pid)]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
-    tars = sorted(output.glob(pattern))
+    tars = sorted(path for path in output.rglob("*.tar") if not any(part.startswith(".") for part in path.relative_to(output).parts))
     broken = [path for path in tars if subprocess.run(["tar", "tf", path], capture_output=True, check=False).returncode]
     return Aftermath(
         side=side,
@@ -77,15 +81,15 @@ def kill_midway(side: str, command: Sequence[str], output: Path, log: Path, patt
 
 def contrast(corpus: Path, rows: int, folder: Path) -> list[Aftermath]:
     """Kills both sides once."""
-    images, urls = corpus / "images", folder / "urls.parquet"
+    images, urls, shard, enough = corpus / "images", folder / "urls.parquet", rows // NUM_SHARDS, rows * BYTES_PER_ROW
     files = len(list(images.glob("*.jpg")))
     with ServerProcess(images) as server:
         write_list(urls, [server.url("")], files=files, rows=rows)
-        theirs = peer_command(interpreter("img2dataset"), urls, folder / "theirs", ROWS["same"])
-        ours = our_command(urls, folder / "ours", ["ray.num_cpus=2"])
+        theirs = peer_command(interpreter("img2dataset"), urls, folder / "theirs", ROWS["same"], shard=shard)
+        ours = our_command(urls, folder / "ours", (*ROWS["same"].ours, f"samples_per_shard={shard}", "ray.num_cpus=2"))
         return [
-            kill_midway("img2dataset", theirs, folder / "theirs", folder / "theirs.log", "*.tar"),
-            kill_midway("jetway", ours, folder / "ours", folder / "ours.log", "shards/*.tar"),
+            kill_midway("img2dataset", theirs, folder / "theirs", enough),
+            kill_midway("jetway", ours, folder / "ours", enough),
         ]
 
 
@@ -93,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints one line for each side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--rows", type=int, default=3000)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         for aftermath in contrast(arguments.corpus, arguments.rows, Path(folder)):
