@@ -12,10 +12,10 @@ INSTALL_REQUIRES = [
     "webdataset>=0.2.100",
     "sentencepiece>=0.2.0",
     "ray>=2.30",
-    "fsspec>=2024.6",
-    "aiohttp>=3.9",
+    "fsspec>=2024.12",
+    "aiohttp>=3.12",
     "aiodns>=3.2",
-    "protego>=0.3",
+    "protego>=0.5",
     "wandb>=0.17",
     "pydantic>=2.7",
     "pyyaml>=6.0",
@@ -31,7 +31,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     "gpu": ["triton>=3.2; platform_system == 'Linux'"],
-    "s3": ["s3fs>=2024.6", "obstore>=0.6"],
+    "s3": ["s3fs>=2024.12", "obstore>=0.12; python_version >= '3.11'"],  # obstore: there is none of that age for 3.10, where s3fs serves
     "language": ["py3langid>=0.4"],
     "demo": ["scikit-learn>=1.4"],
     "peers": ["scikit-learn>=1.4", "scikit-image>=0.22"],  # photographs for the benchmark; what would clash: tests/peers/environments.py
@@ -43,8 +43,8 @@ EXTRAS = {
         "types-PyYAML",
         "types-tqdm",
         "moto[server]>=5.0",
-        "s3fs>=2024.6",
-        "obstore>=0.6",
+        "s3fs>=2024.12",
+        "obstore>=0.12; python_version >= '3.11'",
         "scikit-learn>=1.4",
         "scikit-image>=0.22",
         "imagehash>=4.3",
