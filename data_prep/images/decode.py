@@ -64,7 +64,7 @@ def decode_jpeg(data: bytes, facts: JpegFacts, orientation: int, profile: bytes,
     Raises:
         Drop: unsupported_mode, or corrupt for an absurd number of scans.
     """
-    check_jpeg(data, facts)
+    _check_jpeg(data, facts)
     if facts.num_components not in (1, 3):
         return None
     foreign = is_foreign(profile)
@@ -78,18 +78,6 @@ def decode_jpeg(data: bytes, facts: JpegFacts, orientation: int, profile: bytes,
     if foreign:
         pixels = np.asarray(to_srgb(Image.fromarray(pixels), profile))
     return upright(pixels, orientation)
-
-
-def check_jpeg(data: bytes, facts: JpegFacts) -> None:
-    """Refuses JPEGs that no browser shows either.
-
-    Raises:
-        Drop: unsupported_mode, or corrupt for an absurd number of scans.
-    """
-    if facts.process not in SUPPORTED or facts.precision != 8:
-        raise Drop("unsupported_mode", f"JPEG process {facts.process:#x}, {facts.precision} bits")
-    if facts.is_buffered and data.count(b"\xff\xda") > _MAX_SCANS:
-        raise Drop("corrupt", f"more than {_MAX_SCANS} scans")
 
 
 def scaled_side(shorter: int, resolution: int) -> int:
@@ -155,7 +143,7 @@ def decode_any(opened: ImageFile.ImageFile, image: ImageConfig) -> tuple[np.ndar
         raise Drop("unsupported_mode", "32-bit integers")
     try:
         inverted = opened.mode == "CMYK" and opened.format in ("JPEG", "MPO") and "adobe" not in opened.info
-        if opened.format == "JPEG":
+        if opened.format in ("JPEG", "MPO"):
             side = math.ceil(_OVERSAMPLING * image.resolution)
             opened.draft(opened.mode, (side, side))
         opened.load()
@@ -171,6 +159,14 @@ def decode_any(opened: ImageFile.ImageFile, image: ImageConfig) -> tuple[np.ndar
         raise
     except Exception as error:  # a broken file makes the decoders raise nearly anything; it costs this file only
         raise as_drop(error) from None
+
+
+def _check_jpeg(data: bytes, facts: JpegFacts) -> None:
+    """Refuses JPEGs that no browser shows either."""
+    if facts.process not in SUPPORTED or facts.precision != 8:
+        raise Drop("unsupported_mode", f"JPEG process {facts.process:#x}, {facts.precision} bits")
+    if facts.is_buffered and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise Drop("corrupt", f"more than {_MAX_SCANS} scans")
 
 
 def _convert(opened: Image.Image, box: tuple[int, int, int, int], factor: int, image: ImageConfig, is_inverted: bool) -> np.ndarray:

@@ -24,14 +24,14 @@ _SIGNATURES: tuple[tuple[str, tuple[tuple[int, bytes], ...]], ...] = (
     ("tiff", ((0, b"II+\0"),)),
     ("tiff", ((0, b"MM\0+"),)),
     ("bmp", ((0, b"BM"),)),
-    *(("ppm", ((0, b"P" + kind + space),)) for kind in (b"1", b"2", b"3", b"4", b"5", b"6") for space in (b"\n", b" ", b"\r", b"\t")),
+    *(("ppm", ((0, b"P" + kind + space),)) for kind in (b"4", b"5", b"6") for space in (b"\n", b" ", b"\r", b"\t")),
 )
 
 
 def sniff(prefix: bytes) -> str | Literal[False] | None:
     """Name of the format (`jpeg`, `png`, ...), False if it is certainly none of ours, None if more bytes are needed.
 
-    Icons, SVG, HEIC, JPEG 2000, text and web pages are none of ours.
+    Icons, SVG, HEIC, JPEG 2000, PPM written as text, text and web pages are none of ours.
     """
     if prefix.startswith(b"\xff\xd8\xff"):
         return "jpeg"

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import ImageFile
 
 from data_prep.config import FilterConfig, ImageConfig, LimitConfig
-from data_prep.images.decode import check_jpeg, check_memory, decode_any, decode_jpeg, num_frames, open_image, orientation_of
+from data_prep.images.decode import check_memory, decode_any, decode_jpeg, num_frames, open_image, orientation_of
 from data_prep.images.encode import encode
 from data_prep.images.header import Header, judge, judge_size, read_header
 from data_prep.images.phash import phash
@@ -17,6 +17,7 @@ from data_prep.images.resize import fit, fitted_size
 from data_prep.reasons import Drop
 
 _PNG_END = b"IEND\xaeB`\x82"
+_TILE_TAGS = (322, 323)  # width and height of a TIFF's tiles, which may be larger than the picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,6 @@ def _decode_jpeg(data: bytes, header: Header, image: ImageConfig) -> _Picture | 
     facts = header.jpeg
     if facts is None or not facts.is_complete:
         return None
-    check_jpeg(data, facts)
     orientation, profile = facts.orientation, facts.icc_profile
     if orientation is None or profile is None:
         with warnings.catch_warnings():
@@ -106,7 +106,8 @@ def _decode_with_pillow(data: bytes, header: Header, image: ImageConfig, limits:
         opened = open_image(data, header.format or "")
         width, height = opened.size
         judge_size(width, height, limits)
-        check_memory(width, height, header, image.resolution, memory_bytes)
+        tiles = [side for side in map(getattr(opened, "tag_v2", {}).get, _TILE_TAGS) if isinstance(side, int)] or [0]
+        check_memory(max(width, *tiles), max(height, *tiles), header, image.resolution, memory_bytes)  # libtiff decodes whole tiles
         if header.is_animated is None and image.animated == "drop" and (frames := num_frames(opened)) > 1:
             raise Drop("animated", f"{frames} frames")
         is_plain = _is_finished(data, opened, image)

@@ -191,6 +191,7 @@ def _jpegs() -> dict[str, Case]:
 def _odd_jpegs() -> dict[str, Case]:
     plain, turned = encoded(picture(), "JPEG", quality=92), oriented(6, "JPEG")
     frames = [Image.fromarray(picture(seed=seed)) for seed in range(2)]
+    large = [Image.fromarray(smooth_pixels(1500, 2000, seed)) for seed in range(2)]
     xmp = b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='1' tiff:Orientation=\"6\"/>"
     more_exif = segment(0xE1, b"Exif\0\0" + bytes(60_000))
     stuffing = [segment(0xED, b"Photoshop 3.0\0" + bytes(65_000)) for _ in range(5)]
@@ -198,6 +199,7 @@ def _odd_jpegs() -> dict[str, Case]:
     stop += int.from_bytes(turned[stop : stop + 2], "big")
     return {
         "arithmetic.jpg": kept(base64.b85decode(_ARITHMETIC), smooth_pixels(48, 64, seed=3), mean=4),
+        "large_view_with_extra_bytes.mpo": kept(_padded_scan(encoded(large[0], "MPO", save_all=True, append_images=large[1:], quality=92))),
         "two_views.mpo": kept(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:], quality=92), format="jpeg"),
         "turned_by_xmp.jpg": kept(with_segments(plain, segment(0xE1, xmp))),
         "exif_over_xmp.jpg": kept(turned[:stop] + segment(0xE1, xmp.replace(b'"6"', b'"3"')) + turned[stop:]),
@@ -212,6 +214,12 @@ def _odd_jpegs() -> dict[str, Case]:
             encoded(picture(), "JPEG", progressive=True).replace(b"\xff\xd9", b"\xff\xda\0\x08\1\1\0\0\x3f\0" * 5000), "corrupt"
         ),
     }
+
+
+def _padded_scan(data: bytes) -> bytes:
+    """A JPEG with stray bytes before its end, of which libjpeg-turbo warns and which everyone shows."""
+    end = data.index(b"\xff\xd9", data.index(b"\xff\xda"))
+    return data[:end] + bytes(9) + data[end:]
 
 
 def _pngs() -> dict[str, Case]:
@@ -336,8 +344,16 @@ def _bombs() -> dict[str, Case]:
         "bomb.jpg": Case(patched(jpeg, 0xC0, 3, struct.pack(">HH", 65_500, 65_500)), "too_many_pixels", headed=True),
         "bomb.gif": Case(gif[:6] + b"\xff\xff\xff\xff" + gif[10:], "too_many_pixels", headed=True),
         "bomb.webp": Case(webp[:24] + b"\xff\x3f\0\xff\x3f\0" + webp[30:], "too_many_pixels", headed=True),
+        "bomb_tiles.tiff": Case(_tiled(30_000), "too_many_pixels"),
         "bomb.bmp": Case(bmp[:18] + struct.pack("<ii", 60_000, 60_000) + bmp[26:], "too_many_pixels", headed=True),
     }
+
+
+def _tiled(side: int) -> bytes:
+    """A small TIFF that says that its only tile is so large."""
+    tags = {256: 100, 257: 100, 258: 8, 259: 5, 262: 1, 277: 1, 322: side, 323: side, 324: 200, 325: 100}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + bytes(100)
 
 
 def _no_images() -> dict[str, Case]:
@@ -354,6 +370,7 @@ def _no_images() -> dict[str, Case]:
         "film.mp4": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(500),
         "paper.pdf": b"%PDF-1.7\n" + bytes(500),
         "zeros.jpg": bytes(1000),
+        "written_out.ppm": b"P3\n2 1\n255\n1 2 3 4 5 6\n",
         "sound.wav": b"RIFF\x24\0\0\0WAVEfmt " + bytes(500),
     }
     return {name: Case(data, "not_an_image", headed=True) for name, data in texts.items()}
