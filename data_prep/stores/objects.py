@@ -71,7 +71,7 @@ class ObjectStorage(Storage):
         folder, odd = prefix.rpartition("/")[0], 0
         with suppress(FileNotFoundError), self._reaching():
             for path in self.client.walk(folder):
-                if not path.startswith(prefix) or path.endswith("/"):
+                if not path or path.endswith("/") or not path.startswith(prefix):
                     continue
                 if min(path) < " " or any(part in ("", ".", "..") for part in path.split("/")):
                     odd += 1

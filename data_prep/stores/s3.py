@@ -1,6 +1,6 @@
 """S3 through obstore: a quarter of the CPU time of s3fs for small objects, half for large ones, and the same environment.
 
-s3fs knows more ways to be configured. Where one of them is in use, or obstore is not installed, or the process is a fork of
+s3fs knows more ways to be configured. Where one of them is in use, or obstore is missing or too old, or the process is a fork of
 one that used obstore already (its threads did not come along), s3fs serves instead.
 """
 
@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from data_prep.stores.clients import FsspecClient
 
+_OLDEST = (0, 12)
+"""Before, obstore left the parts of a failed upload on the store."""
 _ATTEMPTS = 4
 _MAX_PARTS = 10_000
 _UPLOADS_AT_ONCE = 4
@@ -52,10 +54,11 @@ class S3Client:
         if scheme != "s3" or cls._runtime_pid not in (None, os.getpid()):
             return None
         try:
+            import obstore
             from obstore.store import S3Store
         except ImportError:
             return None
-        settings = _settings()
+        settings = _settings() if tuple(map(int, obstore.__version__.split(".")[:2])) >= _OLDEST else None
         if settings is None:
             return None
         cls._runtime_pid = os.getpid()

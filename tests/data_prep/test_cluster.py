@@ -156,7 +156,7 @@ def test_a_local_session_finds_our_code_from_any_folder(tmp_path: Path, reposito
         def where():
             import data_prep
             return data_prep.__file__
-        with ray_session(RayConfig(num_cpus=1)):
+        with ray_session(RayConfig(num_cpus=1, memory_per_task_bytes=2**50)):
             print(*run_tasks(where, [()], RayConfig()))
         """
     )
@@ -165,3 +165,4 @@ def test_a_local_session_finds_our_code_from_any_folder(tmp_path: Path, reposito
     command = [sys.executable, "-c", script, str(tmp_path / "code")]
     done = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True, timeout=200)
     assert done.stdout == f"{tmp_path}/code/data_prep/__init__.py\n", done.stderr
+    assert "may need up to 1048576 GiB for 1 tasks at once" in done.stderr
