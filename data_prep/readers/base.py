@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,10 @@ from typing import Any, Protocol
 
 from data_prep.config import PrepConfig
 from data_prep.reasons import Drop
+
+
+MAX_DEPTH = 100
+"""Of lists and objects in the extra columns: Python's own limits depend on its version and on how deep the stack is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +79,31 @@ def read_image_file(path: Path, max_bytes: int) -> bytes:
         Drop: missing_file, file_too_large or unreadable.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise Drop("file_too_large", f"{size} bytes")
-        return path.read_bytes()
+        return read_regular_file(path, max_bytes)
     except (FileNotFoundError, NotADirectoryError):
         raise Drop("missing_file", str(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise Drop("unreadable", str(error)) from None
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """Bytes of a file that is neither a device nor a pipe: `/dev/zero` has no end, and a pipe may never begin.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        Drop: file_too_large or unreadable.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise Drop("unreadable", "not a regular file")
+        if status.st_size > max_bytes:
+            raise Drop("file_too_large", f"{status.st_size} bytes")
+        return file.read(max_bytes)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # without waiting for the other end of a pipe; nothing changes for files
 
 
 def decode_text(data: bytes) -> str:
@@ -134,8 +157,14 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
-def plain_json(value: Any) -> Any:
-    """The value in JSON's types: NaN becomes null, dates and other foreign types their text, bytes are left out."""
+def plain_json(value: Any, depth: int = 0) -> Any:
+    """The value in JSON's types: NaN becomes null, dates and other foreign types their text, bytes are left out.
+
+    Raises:
+        Drop: bad_json, where it is nested so deeply that it could not be written again.
+    """
+    if depth > MAX_DEPTH:
+        raise Drop("bad_json", f"nested more than {MAX_DEPTH} deep")
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -143,7 +172,7 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return None
     if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
+        return {str(key): plain_json(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_json(item) for item in value]
+        return [plain_json(item, depth + 1) for item in value]
     return str(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.config import PrepConfig
 from data_prep.inputs import is_remote, list_images
-from data_prep.readers.base import RawSample, Slice, decode_text, parse_object, read_image_file, split_fields
+from data_prep.readers.base import RawSample, Slice, decode_text, parse_object, read_image_file, read_regular_file, split_fields
 from data_prep.reasons import Drop
 from data_prep.storage import Storage, open_storage
 
@@ -85,11 +85,11 @@ def _local_sidecar(path: Path, suffix: str, config: PrepConfig) -> bytes | None:
     """Content of `photo.txt` beside `photo.jpg`, None if there is none."""
     beside = path.with_suffix(suffix)
     try:
-        if beside.stat().st_size > _max_bytes(suffix, config):
-            raise _too_long(suffix, beside.name, config)
-        return beside.read_bytes()
+        return read_regular_file(beside, _max_bytes(suffix, config))
     except FileNotFoundError:
         return None
+    except Drop as problem:
+        raise _too_long(suffix, beside.name, config) if problem.reason == "file_too_large" else problem from None
     except OSError as error:
         raise Drop("unreadable", str(error)) from None
 

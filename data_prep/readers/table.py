@@ -11,6 +11,7 @@ import difflib
 import gzip
 import json
 import logging
+import os
 import posixpath
 import zlib
 from collections.abc import Callable, Iterator
@@ -200,7 +201,7 @@ def _parquet_rows(part: Slice) -> Iterator[tuple[int, Row]]:
             elif end <= part.start + wanted[0]:
                 number = end
             begin = end
-        batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
+        batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, use_threads=False)  # a task has one CPU
         number -= part.start
         while number <= wanted[-1]:
             try:
@@ -211,8 +212,27 @@ def _parquet_rows(part: Slice) -> Iterator[tuple[int, Row]]:
                 return
             here = wanted[(wanted >= number) & (wanted < number + batch.num_rows)]
             if len(here):
-                yield from zip(here.tolist(), batch.take(here - number).to_pylist(), strict=True)
+                yield from zip(here.tolist(), _plain_rows(batch.take(here - number)), strict=True)
             number += batch.num_rows
+
+
+def _plain_rows(batch: Any) -> list[Row]:
+    """The rows of a record batch as Python values."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+        return rows
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python cannot hold: such a value must not cost the others
+        columns = [[_plain_value(value) for value in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _plain_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:  # as in text tables
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "replace") if hasattr(scalar, "as_buffer") else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _sample(values: Row, source: str, number: int, path: str, config: PrepConfig) -> RawSample:
@@ -228,17 +248,24 @@ def _sample(values: Row, source: str, number: int, path: str, config: PrepConfig
 
 
 def _addressed_image(value: Any, path: str, config: PrepConfig) -> tuple[bytes, str]:
-    """(b"", address), or (bytes, "") of a file that a table on this machine names in its column of addresses."""
+    """(b"", address), or (bytes, "") of a file below the folder of a table on this machine (`columns.image` may name files anywhere)."""
     if not isinstance(value, str) or not value.strip():
         raise Drop("bad_url", repr(value)[:200])
-    if is_remote(path) and (not is_remote(value) or value.strip().startswith("file://")):
-        raise Drop("bad_url", value[:200])
+    is_file = not is_remote(value) or value.strip().startswith("file://")
+    if is_file and (is_remote(path) or not _is_beside(value.strip().removeprefix("file://"), path)):
+        raise Drop("bad_url", f"a file outside the folder of the list: {value[:200]}")
     try:
         return _named_image(value, path, config)
     except Drop as problem:
         if problem.reason == "missing_file":
             raise Drop("bad_url", f"neither an address nor a file here: {value[:200]}") from None
         raise
+
+
+def _is_beside(name: str, path: str) -> bool:
+    """Whether a file lies below the folder of a table. Lists of addresses come from strangers: theirs must not name any file of this machine."""
+    name, folder = unquote(name), os.path.abspath(os.path.dirname(path))
+    return ".." not in name.split("/") and os.path.abspath(os.path.join(folder, name)).startswith(f"{folder.rstrip('/')}/")
 
 
 def _named_image(value: Any, path: str, config: PrepConfig) -> tuple[bytes, str]:
