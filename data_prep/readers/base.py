@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from data_prep.config import PrepConfig
 from data_prep.reasons import Drop
 
-
 MAX_DEPTH = 100
 """Of lists and objects in the extra columns: Python's own limits depend on its version and on how deep the stack is."""
 

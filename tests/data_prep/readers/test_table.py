@@ -184,6 +184,45 @@ def test_addresses_of_a_table_on_this_machine_may_be_files(tmp_path: Path) -> No
     assert [(sample.image, sample.url, sample.problem) for sample in samples] == [(image, None, None) for image in images]
 
 
+def test_addresses_name_no_file_outside_the_folder_of_their_list(tmp_path: Path) -> None:
+    folder = tmp_path / "list"
+    folder.mkdir()
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"not for training")
+    urls = (f"file://{secret}", str(secret), "../secret.png", "img/../../secret.png", "file://../secret.png", f"file://{folder}/%2e%2e/secret.png")
+    rows: list[dict[str, object]] = [{"url": url, "caption": "c"} for url in urls]
+    samples = read_all(write_table(folder, ".jsonl", rows), PrepConfig())
+    assert [sample.problem.reason if sample.problem else sample.image for sample in samples] == ["bad_url"] * 6
+    named = read_all(folder / "pairs.jsonl", PrepConfig(columns=ColumnConfig(image="url")))  # a column of files may name any
+    assert [sample.image for sample in named[:3]] == [b"not for training"] * 3
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_is_no_regular_file_costs_one_sample(tmp_path: Path, kind: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    rows: list[dict[str, object]] = [{"image": {"device": "/dev/zero", "pipe": "pipe"}[kind], "caption": "c"}, {"image": "img/1.png", "caption": "c"}]
+    samples = read_all(write_table(tmp_path, ".jsonl", rows), PrepConfig())
+    assert [sample.problem.reason if sample.problem else "" for sample in samples] == ["unreadable", ""]
+
+
+def test_values_that_python_cannot_hold_cost_no_other_row(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    starts = pa.py_buffer(b"".join(offset.to_bytes(4, "little") for offset in (0, 2, 6)))
+    captions = pa.StringArray.from_buffers(2, starts, pa.py_buffer(b"okno\xff\xfe"))
+    columns = {"image": ["img/0.png", "img/1.png"], "caption": captions, "time": pa.array([0, 2**62], type=pa.timestamp("us"))}
+    pq.write_table(pa.table(columns), tmp_path / "odd.parquet")
+    samples = read_all(tmp_path / "odd.parquet", PrepConfig())
+    assert [(sample.caption, sample.extra["time"]) for sample in samples] == [("ok", "1970-01-01 00:00:00"), ("no\ufffd\ufffd", None)]
+
+
+def test_a_deeply_nested_column_costs_its_row(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    rows = [f'{{"image": "img/0.png", "caption": "c", "tree": {"[" * depth}{"]" * depth}}}' for depth in (5, 900, 90_000)]
+    (tmp_path / "deep.jsonl").write_text("\n".join(rows))
+    samples = read_all(tmp_path / "deep.jsonl", PrepConfig())
+    assert [sample.problem.reason if sample.problem else "" for sample in samples] == ["", "bad_json", "bad_json"]
+
+
 def test_addresses_of_a_remote_table_may_not_be_files(tmp_path: Path, s3_url: str) -> None:
     urls = (f"file://{tmp_path}/img/1.png", "img/1.png", "/etc/hostname", "https://host/1.jpg")
     rows: list[dict[str, object]] = [{"url": url, "caption": "c"} for url in urls]
