@@ -135,9 +135,12 @@ def _publish(storage: Storage, config: PrepConfig, job: Job, task: Task, samples
     path = record_path(job.generation, number)
     if storage.put_new(path, json.dumps(asdict(record)).encode()):
         return record, stats
+    counting = PartRecord(**json.loads(storage.read_bytes(path)))
+    if counting.name == name:  # it is ours: the reply got lost, and the repeated request found it
+        return record, stats
     ours = (tar_path(name, PARTS), index_path(name, PARTS), metadata.metadata_path(name, PARTS), failures_path(name), dropped_path(name))
     storage.delete_many(ours)
-    return PartRecord(**json.loads(storage.read_bytes(path))), stats
+    return counting, stats
 
 
 def _publish_kept(storage: Storage, config: PrepConfig, name: str, kept: Spool) -> tuple[int, str]:

@@ -176,8 +176,8 @@ class TaskSamples:
         self._filter.check_content(digest, image.phash)
         facts = Facts(
             key=f"{number:010d}",
-            source=raw.source,
-            url=raw.url or "",
+            source=_utf8(raw.source),
+            url=_utf8(raw.url or ""),
             caption=raw.caption or "",
             width=image.width,
             height=image.height,
@@ -226,7 +226,12 @@ class TaskSamples:
 
 def clean_caption(text: str) -> str:
     """The caption with runs of white space made one space, and what UTF-8 cannot hold replaced."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    return " ".join(_utf8(text).split())
+
+
+def _utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold replaced: the bytes of some file names, halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def sample_values(facts: Facts, raw: RawSample) -> dict[str, Any]:
@@ -246,8 +251,8 @@ def sample_values(facts: Facts, raw: RawSample) -> dict[str, Any]:
 def _facts_of_dropped(failure: Failure, caption: str, sha256: bytes) -> Facts:
     return Facts(
         key=f"{failure.number:010d}",
-        source=failure.source,
-        url=failure.url,
+        source=_utf8(failure.source),
+        url=_utf8(failure.url),
         caption=caption,
         width=0,
         height=0,

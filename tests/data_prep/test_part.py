@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from data_prep import ledger, metadata
 from data_prep.config import FilterConfig, LimitConfig, PrepConfig
 from data_prep.part import PartRecord, failures_path, is_heldout, measure, record_path, write_part
 from data_prep.plan import make_plan
 from data_prep.schema import ShardIndex, tar_path
-from data_prep.storage import open_storage
+from data_prep.storage import LocalStorage, open_storage
 from data_prep.task_samples import Job, clean_caption
 from tests.data_prep.conftest import encoded, files_below, small_config, smooth_pixels
 
@@ -142,6 +144,30 @@ def test_of_two_copies_of_a_task_the_first_counts_and_the_second_leaves_nothing(
     assert second == first
     assert files_below(tmp_path / "out") == before
     assert json.loads(before[record_path(1, 0)])["kept"] == 4
+
+
+def test_a_record_whose_reply_got_lost_keeps_its_part(make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_new = LocalStorage.put_new
+
+    def put_new_without_reply(storage: LocalStorage, path: str, data: bytes) -> bool:
+        put_new(storage, path, data)
+        return put_new(storage, path, data)  # as an object store sees the repeated request
+
+    monkeypatch.setattr(LocalStorage, "put_new", put_new_without_reply)
+    config = small_config(make_folder(4), tmp_path / "out")
+    record = write_only_part(config)
+    assert (tmp_path / "out" / tar_path(record.name, "parts")).is_file()
+    assert len(metadata.load(open_storage(config.output), record.name, folder="parts")) == 4
+
+
+def test_a_file_name_that_is_no_utf8_costs_nothing(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(2)
+    for suffix in (".png", ".txt"):
+        os.rename(folder / f"p000{suffix}", os.path.join(os.fsencode(folder), b"p\xff" + suffix.encode()))
+    config = small_config(folder, tmp_path / "out")
+    record = write_only_part(config)
+    facts = metadata.load(open_storage(config.output), record.name, folder="parts").to_pylist()
+    assert [row["source"] for row in facts] == ["raw/p001.png", "raw/p?.png"]
 
 
 def test_a_task_in_isolation_gives_the_same_samples(make_folder: Callable[..., Path], tmp_path: Path) -> None:
