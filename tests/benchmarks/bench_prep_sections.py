@@ -35,11 +35,11 @@ LARGE_MEMORY = 2**30
 def compare(context: Context, name: str) -> Section:
     """Both sides over the short and the long list, turn by turn."""
     row = ROWS[name]
-    rounds = context.runs if row.gates else 1
+    rounds, sizes = (context.runs, (context.short, context.long)) if row.gates else (1, (context.short, 2 * context.short))
     pairs: dict[str, list[Pair]] = {"img2dataset": [], "jetway": []}
     for turn in range(rounds):
         for side in sorted(pairs, reverse=bool(turn % 2)):
-            short, long = (_one(context, side, rows, row) for rows in (context.short, context.long))
+            short, long = (_one(context, side, rows, row) for rows in sizes)
             pairs[side].append(Pair(short=short, long=long))
             _keep(context, side, row, pairs[side][-1])
     lines = [
@@ -48,7 +48,7 @@ def compare(context: Context, name: str) -> Section:
         f"`{' '.join(row.ours) or '(defaults)'}` against `{' '.join(f'--{key}={value}' for key, value in row.peer.items())}`",
         "",
     ]
-    lines += _comparison(pairs, context)
+    lines += _comparison(pairs, context, sizes)
     speed, cpu, memory = (_ratio(pairs, of) for of in (_speed, _cpu, _memory))
     lines += ["", f"Ratios of the medians, ours over theirs: speed **{speed:.2f}**, CPU per image **{cpu:.2f}**, memory **{memory:.2f}**."]
     bars = [
@@ -82,7 +82,7 @@ def ray_overhead(context: Context) -> Section:
     core, cores = min(os.sched_getaffinity(0)), os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
-        for _ in range(max(2, context.runs)):
+        for _ in range(2):
             for mode in times:
                 usages = [_tasks(context, mode, tasks, 1) for tasks in (few, many)]
                 further = (many - few) * SAMPLES_PER_TASK
@@ -186,10 +186,10 @@ def long_list(context: Context) -> Section:
     rows, growth = [], {}
     for side in ("img2dataset", "jetway"):
         small = _one(context, side, 1000, ROWS["same"])
-        large = _one(context, side, 100_000, ROWS["same"], stop_after_s=20.0)
+        large = _one(context, side, 100_000, ROWS["same"], stop_after_s=15.0)
         growth[side] = large.usage.peak_main_rss - small.usage.peak_main_rss
         rows.append([side, megabytes(small.usage.peak_main_rss), megabytes(large.usage.peak_main_rss), megabytes(growth[side])])
-    lines = ["Peak RSS of the command's own process; the run over 100,000 addresses is ended after 20 seconds.", ""]
+    lines = ["Peak RSS of the command's own process; the run over 100,000 addresses is ended after 15 seconds.", ""]
     return Section(title="A list of 100,000 rows", lines=[*lines, *table(["side", "1,000 rows", "100,000 rows", "growth"], rows)])
 
 
@@ -246,16 +246,16 @@ def _ratio(pairs: dict[str, list[Pair]], of: Callable[[Pair], float]) -> float:
     return ours / theirs
 
 
-def _comparison(pairs: dict[str, list[Pair]], context: Context) -> list[str]:
+def _comparison(pairs: dict[str, list[Pair]], context: Context, sizes: tuple[int, int]) -> list[str]:
     """The table of both sides: medians, and every run."""
     cells: list[tuple[str, Callable[[Pair], float], int]] = [
         ("**images/s, steady**", _speed, 0),
         ("**CPU ms/image, steady**", _cpu, 2),
-        (f"wall s, {context.long:,} rows", lambda pair: pair.long.usage.wall_s, 1),
-        (f"wall s, {context.short:,} rows", lambda pair: pair.short.usage.wall_s, 1),
-        (f"images/s, {context.long:,} rows, start-up included", lambda pair: pair.long.outcome.read / pair.long.usage.wall_s, 0),
+        (f"wall s, {sizes[1]:,} rows", lambda pair: pair.long.usage.wall_s, 1),
+        (f"wall s, {sizes[0]:,} rows", lambda pair: pair.short.usage.wall_s, 1),
+        (f"images/s, {sizes[1]:,} rows, start-up included", lambda pair: pair.long.outcome.read / pair.long.usage.wall_s, 0),
         ("s once per run", lambda pair: pair.once_s, 1),
-        (f"CPU s, {context.long:,} rows", lambda pair: pair.long.usage.cpu_s, 1),
+        (f"CPU s, {sizes[1]:,} rows", lambda pair: pair.long.usage.cpu_s, 1),
         ("server CPU ms/image, counted apart", lambda pair: pair.server_ms, 2),
         ("peak PSS, all processes, MiB", lambda pair: pair.long.usage.peak_pss / 2**20, 0),
         ("peak RSS, all processes, MiB", lambda pair: pair.long.usage.peak_rss / 2**20, 0),
