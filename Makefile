@@ -56,7 +56,7 @@ bench: env
 
 bench-prep: env
 	@$(PIP) install -e '.[peers]'
-	@$(BIN)/python -m tests.peers.environments --python $(PEER_PYTHON) img2dataset
+	@$(BIN)/python -m tests.peers.environments --python $(PEER_PYTHON) img2dataset webdataset-0.2.111
 	$(BIN)/python -m tests.benchmarks.bench_prep $(ARGS)
 
 peers: env

@@ -7,7 +7,8 @@ images divided by the further seconds. Whatever a side needs once (interpreter, 
 is in both lists and cancels out, for both sides alike; total times are given beside it. CPU seconds per image are a slope too, over all
 processes of a side (`bench_prep_measure`); the server's are counted apart. Writes a dated report beside this file.
 
-Needs the environment of the peer: `python -m tests.peers.environments img2dataset --python python3.11` (`make bench-prep` sees to it).
+Needs the environments of the peer: `python -m tests.peers.environments img2dataset webdataset-0.2.111 --python python3.11`
+(`make bench-prep` sees to it).
 """
 
 import argparse
