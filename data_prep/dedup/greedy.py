@@ -51,11 +51,10 @@ class Relation:
         return np.where(self.groups[found] == group_numbers, found, -1)
 
     def _take(self, links: Links) -> None:
-        """Groups close to published samples are taken by the first of them."""
+        """Groups close to published samples, and without one themselves, are taken by the first of these."""
         groups, takers, measures = links
         order = np.lexsort((measures, takers, groups))
         first = order[np.unique(groups[order], return_index=True)[1]]
-        first = first[self.taker[groups[first]] > takers[first]]
         self.taker[groups[first]] = takers[first]
         self.measure[groups[first]] = measures[first]
 

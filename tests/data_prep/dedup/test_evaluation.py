@@ -131,6 +131,15 @@ def test_all_samples_may_be_evaluation_samples(tmp_path: Path) -> None:
     assert len(dropped) == 3
 
 
+def test_evaluation_samples_may_be_the_only_ones_far_behind_the_others(tmp_path: Path) -> None:
+    """Numbers far apart are decided in different windows, and nothing is left to decide in that of the last two."""
+    hashes = telling_hashes(4, np.random.default_rng(4)).tolist()
+    rows = [facts(number, phash=value) for number, value in zip([0, 1, 5000, 9000], hashes, strict=True)]
+    other = write_data_set(tmp_path / "val", rows[2:])
+    config = settings(tmp_path / "set", 4, exact=True, image_distance=4, evaluation=(str(other),))
+    assert list(find(config, rows, size=4)[1]) == ["0000005000", "0000009000"]
+
+
 def test_an_unusable_picture_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_folder(tmp_path / "coco", [1])
     (folder / "broken.png").write_bytes(encoded(smooth_pixels(40, 40))[:200])
