@@ -252,7 +252,7 @@ def _boxes(data: bytes, start: int, stop: int) -> list[tuple[bytes, int, int]]:
     while start + 8 <= stop:
         size, kind = struct.unpack_from(">I4s", data, start)
         content = start + 8
-        if size == 1:
+        if size == 1 and content + 8 <= stop:
             (size,) = struct.unpack_from(">Q", data, content)
             content += 8
         if size < content - start or start + size > stop:

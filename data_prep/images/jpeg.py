@@ -159,7 +159,9 @@ def _read_frame(marker: int, segment: bytes) -> _Frame | None:
         return None
     precision, height, width, components = struct.unpack_from(">BHHB", segment)
     factors = [(byte >> 4) * (byte & 15) for byte in segment[7 : 6 + 3 * components : 3]]
-    if not width or not height or len(factors) != components or not all(factors):  # height 0: given after the first scan; nobody does that
+    if (
+        not (width and height and components) or len(factors) != components or not all(factors)
+    ):  # height 0: given after the first scan; nobody does that
         return None
     return _Frame(marker, precision, width, height, components, sum(factors) / max(factors))
 

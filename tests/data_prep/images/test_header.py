@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep.config import FilterConfig, ImageConfig, LimitConfig
-from data_prep.images.header import Header, judge_header, read_header
+from data_prep.images.header import Header, is_cut_short, judge_header, read_header
 from data_prep.images.prepare import prepare_image
 from data_prep.reasons import Drop
 from tests.data_prep.conftest import encoded, smooth_pixels
@@ -185,3 +185,18 @@ def test_too_few_bytes_are_no_verdict_unless_they_are_all(start: bytes) -> None:
 @pytest.mark.parametrize("start", [b"<html", b'{"err', b"\0\0\0\x20moov", b"%PDF-", b"\n\n <h", b"Not found"])
 def test_five_wrong_bytes_are_enough(start: bytes) -> None:
     assert header_verdict(start, None) == "not_an_image"
+
+
+def test_no_bytes_whatever_break_the_reading() -> None:
+    """Torture files with a few bytes changed near their beginning, cut anywhere: an answer or none, never an exception."""
+    generator = np.random.default_rng(0)
+    starts = [case.data[:3000] for case in torture_cases().values() if len(case.data) > 30]
+    for _ in range(60):
+        for start in starts:
+            changed = bytearray(start)
+            for position in generator.integers(0, min(len(start), 300), 4):
+                changed[position] = generator.choice([0, 1, 8, 0xC0, 0xDA, 0xFF, int(generator.integers(256))])
+            data = bytes(changed[: int(generator.integers(1, len(start) + 1))])
+            header = read_header(data, len(data))
+            assert header is not None
+            is_cut_short(data, header.format or "")

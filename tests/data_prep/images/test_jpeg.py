@@ -90,7 +90,15 @@ def test_a_second_segment_of_a_kind_does_not_win_unseen() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"\xff\xd8\xff", b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0\0\1", b"\xff\xd8" + b"\xff" * 50, b"\xff\xd8\xff\xc0\0\x02"]
+    "data",
+    [
+        b"\xff\xd8\xff",
+        b"\xff\xd8\xff\xd9",
+        b"\xff\xd8\xff\xe0\0\1",
+        b"\xff\xd8" + b"\xff" * 50,
+        b"\xff\xd8\xff\xc0\0\x02",
+        b"\xff\xd8\xff\xc0\0\x08\x08\0\1\0\1\0",
+    ],
 )
 def test_no_frame_no_facts(data: bytes) -> None:
     assert scan_jpeg(data) is None
