@@ -279,8 +279,8 @@ class _ObjectLease:
 
     def _delete(self, below: int) -> None:
         """Removes the leases of lower numbers and their heartbeats."""
-        paths = [path for path in self._storage.list(f"{LEASES}/") if int(path[len(LEASES) + 1 :].partition(".")[0]) < below]
-        self._storage.delete_many(paths)
+        numbers = {path: path[len(LEASES) + 1 :].partition(".")[0] for path in self._storage.list(f"{LEASES}/")}
+        self._storage.delete_many(path for path, number in numbers.items() if number.isdecimal() and int(number) < below)
         self._storage.remove_empty(LEASES)
 
     @staticmethod

@@ -57,8 +57,8 @@ def test_a_straggler_is_overtaken_by_its_second_copy(tmp_path: Path, how: str) -
 
 
 def test_a_task_that_waits_for_a_cpu_is_no_straggler(tmp_path: Path) -> None:
-    config = RayConfig(max_in_flight=16, straggler_min_s=0.1, straggler_factor=3)
-    list(run_tasks(run, [(tmp_path, number, "work", 0.4) for number in range(16)], config))
+    config = RayConfig(max_in_flight=16, straggler_min_s=0.1, straggler_factor=4)
+    list(run_tasks(run, [(tmp_path, number, "work", 0.25) for number in range(16)], config))
     assert [executions(tmp_path, number) for number in range(16)] == [1] * 16
 
 

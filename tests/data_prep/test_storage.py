@@ -231,7 +231,12 @@ def test_a_failed_part_leaves_neither_object_nor_upload(faulty: tuple[ObjectStor
     assert unfinished_uploads(f"some/set/{tmp_path.name}") == []
 
 
-@pytest.mark.parametrize("verdict", [(503, "SlowDown"), (500, "InternalError"), "reset"], ids=str)
+@pytest.mark.parametrize(
+    ("faulty", "verdict"),
+    [("obstore", (503, "SlowDown")), ("obstore", (500, "InternalError")), ("obstore", "reset"), ("s3fs", (503, "SlowDown")), ("s3fs", "reset")],
+    indirect=["faulty"],
+    ids=str,
+)
 def test_what_can_heal_is_tried_again(faulty: tuple[ObjectStorage, S3Proxy], tmp_path: Path, verdict: Any) -> None:
     storage, proxy = faulty
     local = large_file(tmp_path)
