@@ -76,7 +76,8 @@ def build_generation(config: PrepConfig, plan: Plan, storage: Storage, lease: Le
         duplicates = _publish_failures(config, job, records)
         stats = _without(stats, duplicates)
         counts = _count(config, records)
-        splits = _make_shards(config, job, plan_shards(counts, config, plan.generation, has_verdicts=config.dedup.is_on), storage)
+        wanted = plan_shards(counts, config, plan.generation, has_verdicts=config.dedup.is_on, evaluation=digests)
+        splits = _make_shards(config, job, wanted, storage)
         splits = _joined(base, splits)
         tokenizer = base.tokenizer if base is not None else _make_tokenizer(config, splits)
     run_stats.dump_whole(storage, plan.generation, stats)
@@ -106,7 +107,8 @@ def _make_parts(config: PrepConfig, job: Job, plan: Plan, storage: Storage) -> t
     records = {record.number: record for record in finished_parts(storage, plan.generation)}
     if records:
         logger.info("%d of %d tasks were finished by an earlier run", len(records), len(plan.tasks))
-    stats = run_stats.total_of(run_stats.load_parts(storage, plan.generation)) if records else PartStats()
+    # Of finished tasks only: one that was killed just before its record has left statistics too.
+    stats = run_stats.total_of(run_stats.load_parts(storage, plan.generation, records)) if records else PartStats()
     remaining = ((config, job, absolute_task(task)) for task in plan.tasks if task.number not in records)
     watch = Watch(config)
     with Progress(plan.num_samples, before=stats) as progress:
@@ -124,7 +126,19 @@ def _isolated(config: PrepConfig, job: Job, task: Task) -> tuple[PartRecord, Par
     import ray
 
     logger.warning("task %d has killed its worker three times: its images are decoded one by one in a process of their own", task.number)
-    found: tuple[PartRecord, PartStats] = ray.get(ray.remote(num_cpus=1)(write_part).remote(config, replace(job, is_isolated=True), task))
+    # Without Ray's own retries: it has died often enough.
+    run = ray.remote(num_cpus=1, max_retries=0)(write_part)
+    try:
+        found: tuple[PartRecord, PartStats] = ray.get(run.remote(config, replace(job, is_isolated=True), task))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause or error) from None
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"task {task.number} kills its worker, also with its images decoded in a process of their own",
+            got=str(error).partition("\n")[0],
+            expected="a worker that the system lets live",
+            fix="check the memory of the machine (fewer ray.num_cpus need less), then run the same command again: what is finished is kept",
+        ) from None
     return found
 
 
@@ -183,7 +197,7 @@ def _count(config: PrepConfig, records: Sequence[PartRecord]) -> list[PartCounts
 
 
 def _make_shards(config: PrepConfig, job: Job, wanted: Sequence[ShardPlan], storage: Storage) -> dict[str, Split]:
-    finished = finished_shards(storage, job.generation)
+    finished = finished_shards(storage, job.generation, wanted[0].work) if wanted else {}
     remaining = [(config, job, shard) for shard in wanted if shard.name not in finished]
     with tqdm(total=len(wanted), initial=len(wanted) - len(remaining), desc="shards", unit="shard") as progress:
         for info in run_tasks(write_shard, remaining, config.ray):

@@ -12,8 +12,10 @@ import sys
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Protocol
 
 from configs.errors import UserError
@@ -30,6 +32,7 @@ NUM_PER_REASON = 40
 """Hosts and details kept for each reason."""
 NUM_REASONS = 40
 """Reasons that keep hosts and details: a hostile server can answer with any status."""
+_NUM_THREADS = 16
 
 EDGES: Mapping[str, tuple[float, ...]] = {
     "shorter_side": (0, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096),
@@ -311,14 +314,22 @@ def load_part(storage: Storage, generation: int, number: int) -> PartStats | Non
     return _load(storage, part_path(generation, number))
 
 
-def load_parts(storage: Storage, generation: int) -> list[PartStats]:
-    """The statistics of all tasks of a generation, in the order of the plan.
+def load_parts(storage: Storage, generation: int, numbers: Iterable[int] | None = None) -> Iterator[PartStats]:
+    """The statistics of tasks of a generation, in the order of the plan.
+
+    Args:
+        numbers: of the tasks; None: all.
 
     Raises:
         UserError: a file is damaged.
     """
-    found = [_load(storage, path) for path in sorted(storage.list(f"stats/{generation:06d}/part-"))]
-    return [stats for stats in found if stats is not None]
+    if numbers is None:
+        paths = storage.list(f"stats/{generation:06d}/part-")
+    else:
+        paths = [part_path(generation, number) for number in sorted(numbers)]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for begin in range(0, len(paths), 1000):  # not all at once: there may be a million, of some kilobytes each
+            yield from (stats for stats in threads.map(partial(_load, storage), paths[begin : begin + 1000]) if stats is not None)
 
 
 def load_whole(storage: Storage, generation: int) -> PartStats | None:

@@ -17,10 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.part import write_part
+from data_prep.part import record_path, write_part
 from data_prep.plan import make_plan
 from data_prep.prepare import prepare
-from data_prep.schema import generations
+from data_prep.run_stats import load_whole
+from data_prep.schema import ShardIndex, generations
+from data_prep.shard import PartCounts, plan_shards, write_shard
 from data_prep.storage import LocalStorage
 from data_prep.task_samples import Job
 from tests.data_prep.conftest import files_below, small_config
@@ -154,3 +156,39 @@ def test_finished_parts_are_not_made_again(make_folder: Callable[..., Path], tmp
         (folder / name).unlink()
     manifest, _ = prepare(config)
     assert manifest.counts.kept == 20
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_killed_before_its_record_is_counted_once(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(20)
+    config = small_config(folder, tmp_path / "set")
+    storage = LocalStorage(tmp_path / "set")
+    plan = make_plan(config)
+    plan.dump(storage)
+    for task in plan.tasks[:2]:
+        write_part(config, Job(generation=1), task)
+    storage.delete(record_path(1, 1))  # all but its last write was done
+    prepare(config)
+    stats = load_whole(storage, 1)
+    assert stats is not None
+    assert (stats.num_parts, stats.read, stats.kept) == (3, 20, 20)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_that_is_made_anew_leaves_no_shard_of_the_old_one(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As after a damaged part: its record is deleted, and the task finds another input."""
+    folder = make_folder(20)
+    config = small_config(folder, tmp_path / "set", heldout_permille=0)
+    storage = LocalStorage(tmp_path / "set")
+    plan = make_plan(config)
+    plan.dump(storage)
+    job = Job(generation=1)
+    records = [write_part(config, job, task)[0] for task in plan.tasks]
+    parts = [PartCounts(name=record.name, num_train=record.kept, num_heldout=0) for record in records]
+    write_shard(config, job, plan_shards(parts, config, 1, has_verdicts=False)[0])
+    storage.delete(record_path(1, 0))
+    (folder / "p003.png").write_bytes(b"no image")
+    manifest, _ = prepare(config)
+    assert manifest.counts.kept == 19
+    keys = [key for shard in manifest.splits["train"].shards for key in ShardIndex.load(storage, shard.name).keys.tolist()]
+    assert keys == [b"%010d" % number for number in range(20) if number != 3]

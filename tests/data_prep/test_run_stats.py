@@ -159,11 +159,12 @@ def test_files_return_what_was_written(tmp_path: Path) -> None:
     for number, part in enumerate(parts):
         assert run_stats.dump_part(storage, 1, number, part) == f"stats/000001/part-{number:06d}.json"
     assert run_stats.dump_whole(storage, 1, merge(*parts)) == "stats/000001.json"
-    assert run_stats.load_parts(storage, 1) == parts
+    assert list(run_stats.load_parts(storage, 1)) == parts
+    assert list(run_stats.load_parts(storage, 1, [1])) == parts[1:2]
     assert run_stats.load_part(storage, 1, 2) == parts[2]
     assert run_stats.load_whole(storage, 1) == merge(*parts)
     assert run_stats.load_whole(storage, 2) is None
-    assert run_stats.load_parts(storage, 2) == []
+    assert list(run_stats.load_parts(storage, 2)) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"format": "jetway-stats/9"}', b"[1]", b"\xff"])

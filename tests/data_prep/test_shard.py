@@ -10,6 +10,7 @@ import pytest
 
 from configs.errors import UserError
 from data_prep import metadata
+from data_prep import shard as shard_module
 from data_prep.config import PrepConfig
 from data_prep.part import is_heldout, write_part
 from data_prep.plan import make_plan
@@ -117,3 +118,18 @@ def test_a_damaged_part_is_found_before_it_becomes_a_shard(make_folder: Callable
     damaged = next(shard for shard in plan_shards([part], config, 1, has_verdicts=False) if not shard.is_heldout)
     with pytest.raises(UserError, match=f"{record.name}.tar is damaged"):
         write_shard(config, JOB, damaged)
+
+
+def test_however_much_of_a_part_is_read_at_once_the_shards_are_the_same(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(20)
+    (folder / "p003.png").write_text("no image")
+    for name, gap, size in (("whole", 2**20, 2**26), ("one", 0, 1), ("some", 4000, 9000)):
+        monkeypatch.setattr(shard_module, "GAP_BYTES", gap)
+        monkeypatch.setattr(shard_module, "READ_BYTES", size)
+        make_shards(small_config(folder, tmp_path / name, keep_dropped=True))
+    whole, one, some = (lasting(files_below(tmp_path / name)) for name in ("whole", "one", "some"))
+    assert "dropped/000001/part-000000.tar" in whole
+    assert whole == one == some
+    assert not list((tmp_path / "one" / ".tmp").iterdir())
