@@ -47,30 +47,43 @@ def prepare(config: PrepConfig, *, from_generation: int | None = None) -> tuple[
             storage.clear_scratch()
         plan = unfinished_plan(storage)
         if plan is not None:
-            _refuse_another_base(plan, from_generation, storage)
-            plan = _same_settings(plan, config, lists, storage)
+            refuse_another_base(plan, from_generation, storage)
+            plan = same_settings(plan, config, lists, storage)
             if plan.action == "retry":
                 logger.warning("finishing the second-chance pass of generation %d first", plan.generation)
-        elif generations(storage):
-            _delete(storage, f"{PARTS}/")
-            plan = growth(config, storage, from_generation, lists)
+        else:
+            clean_up(config, storage)
+            plan = growth(config, storage, from_generation, lists) if generations(storage) else fresh or make_plan(config, lists=lists)
             if plan is None:
                 return Manifest.load(storage), False
-            plan.dump(storage)
-        else:
-            plan = fresh or make_plan(config, lists=lists)
-            for leftover in (f"{PARTS}/", f"{LEDGER}/"):  # of a run that found no usable sample
-                _delete(storage, leftover)
-            plan.dump(storage)
+            begin(plan, storage)
         return finish(config, plan, storage, lease), True
+
+
+def begin(plan: Plan, storage: Storage) -> None:
+    """Stores the plan of a new generation. The caller is the only writer.
+
+    What an earlier attempt at a generation of this number left (it found no usable sample, or its plan was deleted to give it up) goes
+    first: its failures and parts are of other samples.
+    """
+    for leftover in (f"{PARTS}/", f"{LEDGER}/{plan.generation:06d}/", f"dropped/{plan.generation:06d}/", f"stats/{plan.generation:06d}"):
+        _delete(storage, leftover)
+    plan.dump(storage)
+
+
+def clean_up(config: PrepConfig, storage: Storage) -> None:
+    """Does what is left to do where a run was killed after its manifest. The caller is the only writer, and nothing is unfinished."""
+    published = set(generations(storage))
+    leftovers = {path.split("/")[1] for path in storage.list(f"{PARTS}/")}
+    for number in sorted(int(name) for name in leftovers if name.isdecimal() and int(name) in published):
+        _apply_takedowns(config, storage, number)
+    _delete(storage, f"{PARTS}/")
 
 
 def finish(config: PrepConfig, plan: Plan, storage: Storage, lease: Lease) -> Manifest:
     """Makes the generation of a stored plan and cleans up behind it."""
-    rules = tuple(takedown_rules(storage))
-    manifest = build_generation(absolute(config), plan, storage, lease, takedowns=rules)
-    if rules:  # parts that a killed run wrote before a takedown were not judged by it
-        apply_stored_rules(storage, ray=config.ray, generation=manifest.generation)
+    manifest = build_generation(absolute(config), plan, storage, lease, takedowns=takedown_rules(storage))
+    _apply_takedowns(config, storage, manifest.generation)
     _delete(storage, f"{PARTS}/")
     if isinstance(storage, LocalStorage):
         storage.clear_scratch()
@@ -102,6 +115,11 @@ def next_generation(storage: Storage) -> int:
     return max([0, *planned(storage), *generations(storage)]) + 1
 
 
+def num_numbered(storage: Storage, base: Manifest) -> int:
+    """Samples numbered so far, also by generations that `base` does not continue: a key is never given twice."""
+    return max(base.num_planned, Manifest.load(storage).num_planned)
+
+
 def absolute(config: PrepConfig) -> PrepConfig:
     """The configuration for workers, whose current folder may be another. The stored one keeps the paths as they were given."""
 
@@ -124,7 +142,7 @@ def absolute(config: PrepConfig) -> PrepConfig:
     )
 
 
-def _same_settings(plan: Plan, config: PrepConfig, lists: dict[str, str], storage: Storage) -> Plan:
+def same_settings(plan: Plan, config: PrepConfig, lists: dict[str, str], storage: Storage) -> Plan:
     """The stored plan, if it is of this configuration."""
     changed = differences(plan.config, identity(config))
     if changed and plan.base is None and all(change.startswith("tokenizer.") for change in changed):
@@ -160,7 +178,8 @@ def growth(config: PrepConfig, storage: Storage, from_generation: int | None, li
             fix="choose another output, or go back to the old settings",
         )
     try:
-        plan = grow_plan(config, storage, generation=next_generation(storage), base=base.generation, first_sample=base.num_planned, lists=lists)
+        first = num_numbered(storage, base)
+        plan = grow_plan(config, storage, generation=next_generation(storage), base=base.generation, first_sample=first, lists=lists)
     except UserError as error:
         if not any(os.path.exists(path) or "://" in path for path in config.inputs):
             logger.info("the input is gone, as it may be: %s", error.what)
@@ -172,7 +191,13 @@ def growth(config: PrepConfig, storage: Storage, from_generation: int | None, li
     return plan
 
 
-def _refuse_another_base(plan: Plan, from_generation: int | None, storage: Storage) -> None:
+def _apply_takedowns(config: PrepConfig, storage: Storage, generation: int) -> None:
+    """Takes down what got into a new generation all the same: parts that a killed run wrote before a takedown were not judged by it."""
+    if takedown_rules(storage):
+        apply_stored_rules(storage, ray=config.ray, generation=generation)
+
+
+def refuse_another_base(plan: Plan, from_generation: int | None, storage: Storage) -> None:
     if from_generation is not None and plan.base != from_generation:
         raise UserError(
             f"{storage.url} holds an unfinished generation {plan.generation} on generation {plan.base}",

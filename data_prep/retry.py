@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +17,17 @@ from data_prep.config import PrepConfig, identity
 from data_prep.lease import only_writer
 from data_prep.ledger import LedgerFile, ledger_path
 from data_prep.plan import Plan, Span, differences, group, plans_of
-from data_prep.prepare import check_settings, finish, next_generation, unfinished_plan
+from data_prep.prepare import (
+    begin,
+    check_settings,
+    clean_up,
+    finish,
+    next_generation,
+    num_numbered,
+    refuse_another_base,
+    same_settings,
+    unfinished_plan,
+)
 from data_prep.reasons import CAN_HEAL, is_reason, matches
 from data_prep.run import summary
 from data_prep.schema import Manifest
@@ -96,14 +107,19 @@ def retry(output: str, reasons: Sequence[str], overrides: Sequence[str] = (), *,
             storage.clear_scratch()
         plan = unfinished_plan(storage)
         if plan is None:
+            clean_up(config, storage)
+            base = Manifest.load(storage, from_generation)  # again: another run may have published while we had no lease
             plan, _ = retry_plan(storage, base, reasons)
             plan = replace(plan, lists=lists)
             if not plan.tasks:
                 return base, False
-            plan.dump(storage)
+            begin(plan, storage)
         elif plan.action != "retry" or set(plan.tasks[0].reasons) != set(reasons):
             got = f"--reason {','.join(plan.tasks[0].reasons)}" if plan.action == "retry" else "`jetway prep`"
             raise UserError(f"{storage.url} holds an unfinished generation {plan.generation}", got=got, fix="finish it with the same command first")
+        else:
+            refuse_another_base(plan, from_generation, storage)
+            plan = same_settings(plan, config, lists, storage)
         return finish(config, plan, storage, lease), True
 
 
@@ -130,7 +146,7 @@ def retry_plan(storage: Storage, base: Manifest, reasons: Sequence[str]) -> tupl
         generation=next_generation(storage),
         action="retry",
         base=base.generation,
-        first_sample=base.num_planned,
+        first_sample=num_numbered(storage, base),
         tasks=group([span for span, _ in failing], size, [number for _, number in failing], reasons),
     )
     return plan, sum(counted, Counter())
@@ -138,12 +154,13 @@ def retry_plan(storage: Storage, base: Manifest, reasons: Sequence[str]) -> tupl
 
 def _histories(plans: Sequence[Plan]) -> list[Span]:
     """Every span that the plans (oldest first) have ever prepared, with the ledger files that tell what became of it."""
-    spans: dict[tuple[int, str, int], Span] = {}
+    spans: dict[tuple[Any, ...], Span] = {}
     for plan in plans:
         for task in plan.tasks:
             file = LedgerFile(path=ledger_path(plan.generation, task.number), retried=task.reasons)
             for span in task.spans:
-                name = (span.first_sample, span.part.path, span.part.start)
+                # With the rows: what a table has grown by lies in a slice that begins where that of the rows before begins.
+                name = (span.first_sample, span.part.path, span.part.start, span.part.rows)
                 known = spans.get(name)
                 spans[name] = replace(span, history=(*(known.history if known else ()), file))
     return list(spans.values())

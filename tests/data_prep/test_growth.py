@@ -100,6 +100,7 @@ def test_an_older_generation_can_be_continued(data_set: Path, tmp_path: Path, ma
     assert (manifest.generation, manifest.base, manifest.counts.read) == (3, 1, 35)
     assert not any("g0002" in shard.name for split in manifest.splits.values() for shard in split.shards)
     assert generations(open_storage(data_set)) == [1, 2, 3]
+    assert keys_of(manifest, data_set) == [*range(30), *range(33, 38)], "generation 2 gave the keys between to other samples"
 
 
 def test_a_growth_with_changed_settings_is_refused(data_set: Path, tmp_path: Path, make_folder: Callable[..., Path]) -> None:

@@ -105,3 +105,24 @@ def test_what_a_killed_run_had_judged_before_a_takedown_is_taken_down_at_the_end
     assert again.generations == (manifest.generation,)
     assert [key for hits in again.shards.values() for key in hits.keys] == ["0000000019"]
     verify_all(storage)
+
+
+def test_a_run_killed_between_its_manifest_and_the_takedowns_is_finished_by_the_next(
+    grown: tuple[Storage, Callable[[int], Manifest]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, grow = grown
+    build = prepare_module.build_generation
+
+    def killed(*values: Any, takedowns: tuple[str, ...]) -> Manifest:
+        build(*values)  # with parts that were judged before the takedown
+        raise KeyboardInterrupt
+
+    (tmp_path / "list.txt").write_text(hashlib.sha256(encoded(smooth_pixels(20, 24, seed=19))).hexdigest())
+    takedown([storage.url, "--sha256", str(tmp_path / "list.txt")])
+    monkeypatch.setattr(prepare_module, "build_generation", killed)
+    with pytest.raises(KeyboardInterrupt):
+        grow(4)
+    monkeypatch.setattr(prepare_module, "build_generation", build)
+    manifest = grow(0)
+    assert (manifest.generation, storage.list("parts/")) == (3, [])
+    assert [key for hits in load_files(storage)[-1].shards.values() for key in hits.keys] == ["0000000019"]

@@ -10,10 +10,14 @@ import pytest
 from configs.errors import UserError
 from data_prep import retry as retry_module
 from data_prep.config import DownloadConfig, PrepConfig
+from data_prep.part import write_part
+from data_prep.plan import plan_path
 from data_prep.prepare import prepare
 from data_prep.retry import parse_reasons, retry
 from data_prep.schema import Manifest, ShardIndex
+from data_prep.shard import publish_failures
 from data_prep.storage import open_storage
+from data_prep.task_samples import Job
 from tests.data_prep.conftest import encoded, files_below, small_config, smooth_pixels
 from tests.data_prep.web_server import Fault, WebServer
 
@@ -135,3 +139,54 @@ def test_the_verb_says_what_it_would_do(
     assert f"would try {first.counts.dropped['http_503']} samples again" in capsys.readouterr().out
     assert retry_module.main([config.output, "--reason", "tls"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_what_failed_before_a_table_grew_gets_its_second_chance(server: WebServer, tmp_path: Path) -> None:
+    """The new rows lie in a slice that begins where the slice of the old ones begins."""
+    table = tmp_path / "urls.jsonl"
+
+    def write(count: int) -> None:
+        table.write_text("".join(json.dumps({"url": server.url(f"/p{i:03d}.png"), "caption": f"picture {i}"}) + "\n" for i in range(count)))
+
+    write(20)
+    config = small_config(table, tmp_path / "set", download=DOWNLOAD, samples_per_shard=32)
+    first, _ = prepare(config)
+    write(30)
+    grown, _ = prepare(config)
+    assert 0 < first.counts.dropped["http_503"] < grown.counts.dropped["http_503"]
+    server.heal()
+    manifest, _ = retry(config.output, ("5xx",))
+    assert (manifest.counts.read, manifest.counts.kept, manifest.counts.dropped) == (30, 30, {})
+    assert sorted(members_of(manifest, tmp_path / "set")) == [b"%010d" % i for i in range(30)]
+
+
+def test_a_pass_that_was_given_up_leaves_nothing_to_the_next(config: PrepConfig, server: WebServer) -> None:
+    prepare(config)
+    server.heal()
+    storage = open_storage(config.output)
+    given_up, _ = retry_module.retry_plan(storage, Manifest.load(storage), ("http_404",))
+    given_up.dump(storage)
+    job = Job(generation=2)
+    record, _ = write_part(config, job, given_up.tasks[0])
+    publish_failures(config, job, record, False)
+    storage.delete(plan_path(2))
+    manifest, _ = retry(config.output, ("5xx",))
+    assert (manifest.counts.kept, manifest.counts.dropped) == (40, {"http_404": 1})
+    assert not storage.list("ledger/000002/"), "nothing failed in this pass"
+
+
+def test_a_pass_continues_what_was_published_while_it_waited_for_its_turn(
+    config: PrepConfig, server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(config)
+    server.heal()
+    check = retry_module.check_settings
+
+    def check_while_another_publishes(settings: PrepConfig) -> dict[str, str]:
+        monkeypatch.setattr(retry_module, "check_settings", check)
+        retry(config.output, ("5xx",))
+        return check(settings)
+
+    monkeypatch.setattr(retry_module, "check_settings", check_while_another_publishes)
+    manifest, _ = retry(config.output, ("4xx",))
+    assert (manifest.generation, manifest.base, manifest.counts.kept) == (3, 2, 40)
