@@ -7,7 +7,7 @@ The manifest comes last: before it, the generation does not exist.
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn, Protocol
 
@@ -70,12 +70,12 @@ def build_generation(config: PrepConfig, plan: Plan, storage: Storage, lease: Le
     with ray_session(config.ray), scorers(config.filters) as actors:
         job = Job(generation=plan.generation, num_workers=num_slots(), takedowns=takedowns, scorers=actors)
         records, stats = _make_parts(config, job, plan, storage)
-        if base is None and not any(record.kept for record in records):
-            _give_up(config, job, plan, records, storage)
         digests = _find_duplicates(config, records, base)
         duplicates = _publish_failures(config, job, records)
         stats = _without(stats, duplicates)
         counts = _count(config, records)
+        if base is None and not any(part.kept for part in counts):
+            _give_up(plan, _dropped(records, duplicates), storage)
         wanted = plan_shards(counts, config, plan.generation, has_verdicts=config.dedup.is_on, evaluation=digests)
         splits = _make_shards(config, job, wanted, storage)
         splits = _joined(base, splits)
@@ -150,13 +150,10 @@ def absolute_task(task: Task) -> Task:
     return replace(task, spans=spans)
 
 
-def _give_up(config: PrepConfig, job: Job, plan: Plan, records: Sequence[PartRecord], storage: Storage) -> NoReturn:
+def _give_up(plan: Plan, dropped: Mapping[str, int], storage: Storage) -> NoReturn:
     """Says why nothing was kept, and forgets the attempt, so that a run on the mended input starts afresh."""
-    for _ in run_tasks(publish_failures, ((config, job, record, False) for record in records), config.ray):
-        pass
     storage.delete(plan_path(plan.generation))
     storage.delete_many(storage.list(f"{PARTS}/"))
-    dropped = _dropped(records)
     raise UserError(
         "not one sample of the input is usable: no data set was written",
         got=", ".join(f"{number} x {reason} ({explain(reason)})" for reason, number in dropped.items()),
@@ -167,7 +164,7 @@ def _give_up(config: PrepConfig, job: Job, plan: Plan, records: Sequence[PartRec
 
 def _find_duplicates(config: PrepConfig, records: Sequence[PartRecord], base: Manifest | None) -> dict[str, str]:
     """Looks for duplicates, if that is wanted; returns the digests of the evaluation sets, by path."""
-    if not config.dedup.is_on:
+    if not config.dedup.is_on or (base is None and not any(record.kept for record in records)):
         return {}
     shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
     return dict(find_duplicates(config, [record.name for record in records if record.kept], shards).digests)
@@ -258,8 +255,8 @@ def _counts(base: Manifest | None, plan: Plan, records: Sequence[PartRecord], du
     )
 
 
-def _dropped(records: Iterable[PartRecord]) -> dict[str, int]:
-    total: Counter[str] = Counter()
+def _dropped(records: Iterable[PartRecord], duplicates: PartStats) -> dict[str, int]:
+    total: Counter[str] = Counter(duplicates.dropped)
     for record in records:
         total.update(record.dropped)
     return dict(sorted(total.items()))

@@ -162,6 +162,7 @@ class TaskSamples:
                 try:
                     if answer.drop is not None:
                         raise answer.drop
+                    self._filter.check_url(answer.final_url)  # what is not wanted may hide behind a redirect
                     self._take(answer.number, raw, answer.data, answer)
                 except Drop as problem:
                     self._drop(answer.number, raw, problem, data=answer.data, answer=answer)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from data_prep.config import ImageConfig, TokenizerConfig
+from data_prep.config import DedupConfig, ImageConfig, TokenizerConfig
 from data_prep.prepare import prepare
-from data_prep.schema import Manifest, ShardIndex
+from data_prep.schema import Manifest, ShardIndex, generations
 from data_prep.storage import LocalStorage, open_storage
 from data_prep.tokenizer import load_tokenizer
 from tests.data_prep.conftest import encoded, files_below, small_config, smooth_pixels
@@ -186,3 +186,13 @@ def test_a_full_disk_is_one_message_and_the_run_can_go_on_later(make_folder: Cal
     prepare(config)
     prepare(replace(config, output=str(tmp_path / "whole")))
     assert files_below(tiny_disk / "set") == files_below(tmp_path / "whole")
+
+
+def test_an_input_that_is_all_evaluation_set_makes_no_data_set(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(4)
+    config = small_config(folder, tmp_path / "out", dedup=DedupConfig(evaluation=(str(folder),)))
+    for _ in range(2):
+        with pytest.raises(UserError, match="4 x eval_image"):
+            prepare(config)
+    assert generations(LocalStorage(tmp_path / "out")) == []
+    assert len((tmp_path / "out" / "ledger" / "000001" / "failures-000000.jsonl").read_text().splitlines()) == 4

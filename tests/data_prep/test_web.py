@@ -214,3 +214,14 @@ def test_the_configuration_refuses_nonsense() -> None:
         with pytest.raises(ValueError, match="download"):
             DownloadConfig(**bad)  # type: ignore[arg-type]
     assert PrepConfig().download.respect_robots
+
+
+def test_a_list_of_what_is_not_wanted_holds_behind_a_redirect(pages: dict[str, bytes], tmp_path: Path) -> None:
+    with WebServer(pages) as server:
+        server.fault("/p003.png", Fault(kind="redirect", location="/p009.png"))
+        (tmp_path / "blocked.txt").write_text(server.url("/p009.png"))
+        table = url_list(tmp_path / "urls.parquet", [server.url(path) for path in list(pages)[:8]])
+        config = small_config(table, tmp_path / "set", download=DOWNLOAD, filters=FilterConfig(blocked_urls=str(tmp_path / "blocked.txt")))
+        manifest, _ = prepare(config)
+    assert manifest.counts.dropped == {"blocked_url": 1}
+    assert failures_in(tmp_path / "set") == {"p003.png": "blocked_url"}
