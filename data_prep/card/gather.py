@@ -14,7 +14,7 @@ from data_prep.failure_text import host_of
 from data_prep.heavy_hitters import HeavyHitters
 from data_prep.run_stats import EDGES, NUM_HOSTS, PartStats, load_whole, merge
 from data_prep.samples import StoredSample, stored_samples
-from data_prep.schema import SPLITS, Manifest, ShardInfo, generations
+from data_prep.schema import SPLITS, Manifest, ShardInfo, base_of, generations
 from data_prep.storage import Storage
 from data_prep.tokenizer import load_tokenizer
 
@@ -155,12 +155,13 @@ def _sheet(storage: Storage, manifest: Manifest, number: int, hidden: set[tuple[
 def _runs(storage: Storage, manifest: Manifest) -> PartStats | None:
     """Statistics of all runs that this generation rests on; None where one of them left none."""
     found = []
-    step: Manifest | None = manifest
-    while step is not None:
-        stats = load_whole(storage, step.generation)
+    generation: int | None = manifest.generation
+    while generation is not None:
+        stats = load_whole(storage, generation)
         if stats is not None:
             found.append(stats)
-        step = Manifest.load(storage, step.base) if step.base is not None and step.base < step.generation else None
+        base = base_of(storage, generation)  # a compaction may have deleted its manifest; the statistics stay
+        generation = base if base is not None and base < generation else None
     return merge(*found) if found else None
 
 

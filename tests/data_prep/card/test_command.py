@@ -15,8 +15,9 @@ from PIL import Image
 from configs.errors import UserError
 from data_prep import metadata
 from data_prep.card.command import main
+from data_prep.card.gather import gather
 from data_prep.card.style import POLICY
-from data_prep.schema import tar_path
+from data_prep.schema import manifest_path, tar_path, write_lineage
 from data_prep.tombstones import Hits, TombstoneFile, tombstones_path
 
 VOID = {"meta", "link", "img", "rect", "line", "path", "br", "circle"}
@@ -161,6 +162,15 @@ def test_an_older_generation_is_described_as_it_was(make_set: Callable, tmp_path
     assert "generation 1 (prep" in oldest.text
     for page in (newest, oldest):
         assert "2 grow on 1" in page.text, "the history is whole in both"
+
+
+def test_what_a_deleted_generation_read_still_counts(make_set: Callable, tmp_path: Path) -> None:
+    made = make_set(generations=2)
+    before = gather(made.storage, None, num_samples=0).stats
+    write_lineage(made.storage, {1: None})  # as `jetway generations DATASET compact --delete-old` leaves it
+    made.storage.delete(manifest_path(1))
+    assert gather(made.storage, None, num_samples=0).stats == before
+    assert "generation 2 (grow" in written(made, tmp_path).text
 
 
 def test_the_same_data_set_gives_the_same_page(make_set: Callable, tmp_path: Path) -> None:
