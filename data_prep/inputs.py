@@ -24,6 +24,8 @@ FIRST_READ, LARGEST_READ = 2**20, 2**23
 A round trip costs about as much as the first; and a task that reads 1000 rows needs no more.
 """
 
+CHECK_PATH = "check --input, `inputs` or dedup.evaluation, whichever names it"
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is an address."""
@@ -170,7 +172,7 @@ def file_kind(name: str) -> str | None:
 def _list_local(path: Path) -> Sequence[tuple[str, str]]:
     if not path.exists():
         expected = "a folder of images, a table, a tar, or an s3:// address of one"
-        raise UserError(f"{path} does not exist", expected=expected, fix="check --input or `inputs`")
+        raise UserError(f"{path} does not exist", expected=expected, fix=CHECK_PATH)
     if path.is_file():
         return [(_known_kind(str(path)), str(path))]
     if list_images(str(path)):
@@ -191,7 +193,7 @@ def _list_remote(path: str) -> Sequence[tuple[str, str]]:
     if not names:
         if "/" in path.partition("://")[2] and storage.exists(name):
             _known_kind(path)
-        raise UserError(f"{path} does not exist", expected="an object, or a prefix with objects below it", fix="check --input or `inputs`")
+        raise UserError(f"{path} does not exist", expected="an object, or a prefix with objects below it", fix=CHECK_PATH)
     return [(kind, f"{path}/{found}") for found in sorted(names) if (kind := file_kind(found)) is not None and not _is_hidden(found)]
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from configs.errors import UserError
 from data_prep.build import Lease, build_generation
 from data_prep.config import PrepConfig, identity, identity_hash
+from data_prep.dedup.evaluation import plan_evaluation
 from data_prep.filters.row import RowFilter, list_digests
 from data_prep.lease import only_writer
 from data_prep.ledger import LEDGER
@@ -94,9 +95,10 @@ def check_settings(config: PrepConfig) -> dict[str, str]:
     """Looks at everything that the settings name, so that it fails now and not hours later; returns the digests of the lists.
 
     Raises:
-        UserError: a tokenizer model, list or scorer that cannot be used.
+        UserError: a tokenizer model, list, scorer or evaluation set that cannot be used.
     """
     check_given_model(config.tokenizer)
+    plan_evaluation(config)
     if config.filters.scorer is not None:
         load_scorer(config.filters.scorer)
     RowFilter.from_config(config.filters)

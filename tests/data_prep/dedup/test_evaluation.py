@@ -1,5 +1,6 @@
 """Evaluation sets in every form, and the samples that are too close to them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 from PIL import Image
 
 from configs.errors import UserError
-from data_prep.config import ImageConfig, PrepConfig
+from data_prep.config import DedupConfig, ImageConfig, PrepConfig
 from data_prep.dedup.evaluation import build_evaluation, digest
 from data_prep.dedup.run import Duplicates, find_duplicates
 from data_prep.metadata import Facts
+from data_prep.prepare import prepare
 from data_prep.schema import Counts, ImageInfo, Manifest, Split, TokenizerInfo
 from data_prep.storage import open_storage
-from tests.data_prep.conftest import encoded, smooth_pixels
+from tests.data_prep.conftest import encoded, small_config, smooth_pixels
 from tests.data_prep.dedup.planted import Verdicts, facts, flipped, run_here, settings, telling_hashes, write_base, write_parts
 from tests.data_prep.dedup.quality import phash_of
 from tests.data_prep.dedup.test_run import TINY, read_verdicts
@@ -162,6 +164,13 @@ def test_sets_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             find(settings(tmp_path / f"set{number}", 3, evaluation=(str(path),)), rows)
+
+
+def test_a_missing_set_is_noticed_before_anything_is_written(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    config = small_config(make_folder(2), tmp_path / "out", dedup=DedupConfig(evaluation=(str(tmp_path / "nowhere"),)))
+    with pytest.raises(UserError, match=r"nowhere does not exist(?s:.*)dedup\.evaluation"):
+        prepare(config)
+    assert not (tmp_path / "out").exists(), "the same output must do once the setting is mended"
 
 
 def test_the_digest_follows_pictures_and_captions_and_nothing_else(tmp_path: Path) -> None:
