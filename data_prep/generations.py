@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jetway generations",
         description="The history of a data set. Without a second verb: all generations.",
-        epilog="examples: jetway generations DATA   jetway generations DATA diff 1 3   jetway generations DATA rollback 2 --dry-run",
+        epilog="Examples: `jetway generations DATA`, `jetway generations DATA diff 1 3`, `jetway generations DATA rollback 2 --dry-run`.",
     )
     parser.add_argument("data_set", metavar="DATASET", help="folder or s3:// prefix")
     _add_flags(parser)

@@ -271,7 +271,9 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}", got=error, expected="a UTF-8 text file, one rule a line") from None
+        got = error.strerror if isinstance(error, OSError) else error
+        fix = "write it into a file and name that; one address or key goes on the command line with --url or --key"
+        raise UserError(f"cannot read {path}", got=got, expected="a UTF-8 text file, one rule a line", fix=fix) from None
 
 
 def _report(storage: Storage, rules: Rules, found: Found, file: TombstoneFile | None, *, dry_run: bool) -> list[str]:
@@ -316,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="jetway takedown",
         description="Take samples out of a data set. Training leaves them out from its next start or resume on; nothing is rewritten.",
         epilog="Without any rule, those of earlier takedowns are applied again, for shards that are newer. "
-        "example: jetway takedown DATA --urls requests.txt --reason 'request of 3 May'",
+        "Example: `jetway takedown DATA --urls requests.txt --reason 'request of 3 May'`.",
     )
     parser.add_argument("data_set", metavar="DATASET", help="folder or s3:// prefix")
     parser.add_argument("--url", action="append", default=[], metavar="U", help="an address; may be repeated")
