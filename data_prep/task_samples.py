@@ -142,7 +142,8 @@ class TaskSamples:
 
     def _fetch(self, waiting: dict[int, RawSample]) -> None:
         config = self._config
-        if not config.download.contact and any((raw.url or "").startswith(("http://", "https://")) for raw in waiting.values()):
+        has_web = any((raw.url or "").startswith(("http://", "https://")) for raw in waiting.values())
+        if not config.download.contact and has_web:
             raise UserError(
                 "download.contact is not set",
                 expected="a mail address or a page about this crawl, which goes into the user agent",
@@ -155,6 +156,7 @@ class TaskSamples:
             memory_bytes=config.ray.memory_per_task_bytes // DOWNLOAD_SHARE,
             share=self._job.num_workers,
             judge=lambda prefix, total: judge_header(prefix, total, config.image, config.limits),
+            needs_stores=not has_web,  # in a list from the web, one odd address must not end the job
         )
         with downloader:
             for answer in downloader.fetch(requests):

@@ -57,6 +57,8 @@ class Downloader:
             bytes, None if that is unknown; raises `Drop` to have the rest left where it is. Must be quick.
         lookup: resolves host names in place of the system's resolver.
         caches: of robots.txt and DNS, in place of those of the process.
+        needs_stores: whether an object store that cannot be used at all (no client, no credentials) is an error, and not just the end of
+            every request to it.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Downloader:
         judge: Judge,
         lookup: Lookup | None = None,
         caches: Caches | None = None,
+        needs_stores: bool = True,
     ) -> None:
         if max_file_bytes < 1 or memory_bytes < 1 or share < 1:
             raise ValueError("max_file_bytes, memory_bytes and share must be at least 1")
@@ -77,6 +80,7 @@ class Downloader:
         self._share = share
         self._judge = judge
         self._lookup = lookup
+        self._needs_stores = needs_stores
         self._caches = caches or process_caches()
         self._budget = ByteBudget(memory_bytes, max_file_bytes)
         self._answers: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -216,6 +220,7 @@ class Downloader:
             share=self._share,
             robots_cache=self._caches.robots,
             is_wanted=self._answers.empty,
+            needs_store=self._needs_stores,
         )
         self._started.set_result(None)
         try:

@@ -68,6 +68,7 @@ class Fetcher:
         share: int,
         robots_cache: RobotsCache,
         is_wanted: Callable[[], bool],
+        needs_store: bool = True,
     ) -> None:
         self._config = config
         self._session = session
@@ -82,7 +83,9 @@ class Fetcher:
         self._image = Receiver(images, tokens)
         files = BodyReader(budget, max_bytes=MOST_BYTES, header_bytes=MOST_BYTES, judge=_anything, cuts=True)
         self._robots_file = Receiver(files, None)
-        self._objects = ObjectReader(budget, max_bytes=max_file_bytes, header_bytes=config.header_bytes, judge=judge, timeout_s=config.timeout_s)
+        self._objects = ObjectReader(
+            budget, max_bytes=max_file_bytes, header_bytes=config.header_bytes, judge=judge, timeout_s=config.timeout_s, needs_store=needs_store
+        )
 
     async def fetch(self, request: Request) -> tuple[Answer, Claim | None]:
         """The answer to a request, and what its body holds of the budget. Raises nothing but bugs and `UserError`."""

@@ -20,14 +20,18 @@ class ObjectReader:
     """Reads objects whole: most in one ranged request, larger ones in three (beginning, size, rest).
 
     Credentials and endpoint come from the usual environment of the store's client.
+
+    Args:
+        needs_store: False: an object whose store cannot be used at all costs only itself.
     """
 
-    def __init__(self, budget: ByteBudget, *, max_bytes: int, header_bytes: int, judge: Judge, timeout_s: float) -> None:
+    def __init__(self, budget: ByteBudget, *, max_bytes: int, header_bytes: int, judge: Judge, timeout_s: float, needs_store: bool = True) -> None:
         self._budget = budget
         self._max_bytes = max_bytes
         self._header_bytes = header_bytes
         self._judge = judge
         self._timeout_s = timeout_s
+        self._needs_store = needs_store
         self._threads: ThreadPoolExecutor | None = None
         self._stores: dict[str, Any] = {}
 
@@ -38,6 +42,14 @@ class ObjectReader:
             Failed: it is not there, too large, not wanted, or the store did not deliver.
             UserError: the store cannot be used at all: no client, no credentials.
         """
+        try:
+            return await self._read(url, claim, deadline)
+        except UserError as error:
+            if self._needs_store:
+                raise
+            raise Failed("unreadable", str(error)) from None
+
+    async def _read(self, url: str, claim: Claim, deadline: Deadline) -> bytes:
         store = self._store(url.partition("://")[0])
         first_bytes = max(BASE_BYTES, self._header_bytes)
         if first_bytes > claim.held:

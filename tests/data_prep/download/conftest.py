@@ -32,6 +32,7 @@ def open_downloader(
     share: int = 1,
     caches: Caches | None = None,
     lookup: Any = None,
+    needs_stores: bool = True,
     **changes: Any,
 ) -> Downloader:
     """A downloader with `settings(**changes)` and caches of its own."""
@@ -43,6 +44,7 @@ def open_downloader(
         judge=judge,
         lookup=lookup,
         caches=caches or Caches(),
+        needs_stores=needs_stores,
     )
 
 

@@ -1,5 +1,6 @@
 """s3:// addresses, against a real S3 server of this process."""
 
+import importlib.util
 import os
 from collections import Counter
 
@@ -68,6 +69,16 @@ def test_a_store_that_does_not_answer(objects: dict[str, bytes], monkeypatch: py
 def test_one_object_at_a_time_may_exceed_the_memory(objects: dict[str, bytes]) -> None:
     answers = fetch_all(list(objects) * 3, memory_bytes=BASE_BYTES, max_file_bytes=2**20)
     assert [answer.data for answer in answers] == list(objects.values()) * 3
+
+
+def test_a_store_without_a_client_ends_the_job_only_where_it_is_what_was_asked_for(objects: dict[str, bytes]) -> None:
+    pytest.importorskip("s3fs")
+    if importlib.util.find_spec("gcsfs") is not None:
+        pytest.skip("gs:// can be opened here")
+    urls = ["gs://bucket/one.jpg", *objects]
+    with pytest.raises(UserError, match="cannot open gs://"):
+        fetch_all(urls)
+    assert [reason(answer) for answer in fetch_all(urls, needs_stores=False)] == ["unreadable", *[""] * 4]
 
 
 def test_what_an_error_means() -> None:
