@@ -9,12 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.dedup.store import DECISION, EDGE, different, records
+from data_prep.dedup.pairs import positions, sorted_unique
+from data_prep.dedup.store import DECISION, records
 
 NOBODY = np.iinfo(np.int64).max
-
-Links = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""(group, other group, measure): int64 [E], int64 [E], uint8 [E]."""
 
 
 class Relation:
@@ -32,16 +30,15 @@ class Relation:
             own_measure: the measure of two samples of one group.
         """
         self.code = code
-        self.groups = np.unique(np.concatenate([groups, edges["later"], edges["earlier"]]))
+        self.groups = sorted_unique(np.concatenate([groups, edges["later"], edges["earlier"]]))
         self.taker = np.full(len(self.groups), NOBODY, np.int64)
         self.measure = np.full(len(self.groups), own_measure, np.uint8)
         published = self.groups < 0
         self.taker[published] = self.groups[published]
-        later, earlier = (np.searchsorted(self.groups, edges[name]) for name in ("later", "earlier"))
+        later, earlier = (positions(self.groups, edges[name]).astype(np.int32) for name in ("later", "earlier"))
         by_published = edges["earlier"] < 0
-        self._take((later[by_published], edges["earlier"][by_published], edges["measure"][by_published]))
-        free = ~by_published
-        self._link(later[free], earlier[free], edges["measure"][free])
+        self._take(later[by_published], edges["earlier"][by_published], edges["measure"][by_published])
+        self._link(later[~by_published], earlier[~by_published], edges["measure"][~by_published])
 
     def index_of(self, group_numbers: np.ndarray) -> np.ndarray:
         """Position of groups in `groups`, -1 for those that nothing is close to: int64 [N]."""
@@ -50,23 +47,20 @@ class Relation:
         found = np.minimum(np.searchsorted(self.groups, group_numbers), len(self.groups) - 1)
         return np.where(self.groups[found] == group_numbers, found, -1)
 
-    def _take(self, links: Links) -> None:
+    def _take(self, groups: np.ndarray, takers: np.ndarray, measures: np.ndarray) -> None:
         """Groups close to published samples, and without one themselves, are taken by the first of these."""
-        groups, takers, measures = links
         order = np.lexsort((measures, takers, groups))
         first = order[np.unique(groups[order], return_index=True)[1]]
         self.taker[groups[first]] = takers[first]
         self.measure[groups[first]] = measures[first]
 
     def _link(self, later: np.ndarray, earlier: np.ndarray, measures: np.ndarray) -> None:
-        """Neighbours of group g: `neighbours[starts[g]:starts[g + 1]]`."""
-        pairs = different(records(EDGE, later=later, earlier=earlier, measure=measures))
-        source = np.concatenate([pairs["later"], pairs["earlier"]])
-        target = np.concatenate([pairs["earlier"], pairs["later"]])
+        """Neighbours of group g: `neighbours[starts[g]:starts[g + 1]]`, in no particular order, some perhaps twice."""
+        source = np.concatenate([later, earlier])
         order = np.argsort(source, kind="stable")
-        self.neighbours = target[order].astype(np.int32)
-        self.link_measures = np.concatenate([pairs["measure"], pairs["measure"]])[order]
-        self.starts = np.searchsorted(source[order], np.arange(len(self.groups) + 1))
+        self.neighbours = np.concatenate([earlier, later])[order]
+        self.link_measures = np.concatenate([measures, measures])[order]
+        self.starts = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=len(self.groups)))])
 
 
 def decide(relations: Sequence[Relation], ids: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:

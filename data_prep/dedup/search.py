@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.dedup.caption import BUCKET_CAP, agreement, choose_bands
 from data_prep.dedup.exact import groups_of_digests, groups_of_hashes
 from data_prep.dedup.image import Scheme, matches_in_table
-from data_prep.dedup.pairs import colliding, mix, order_of
+from data_prep.dedup.pairs import colliding, mix, order_of, sorted_unique
 from data_prep.dedup.store import BAND, EDGE, EXACT, HASH, NUM_BUCKETS, bucket_of, different, joined, path_of, read_all, records, write_buckets
 from data_prep.storage import Storage, open_storage
 
@@ -89,7 +89,7 @@ def _find_groups(storage: Storage, number: int, num_gathered: int, task: GroupTa
     members = members[np.argsort(members["id"], kind="stable")]
     windows = window_of(members["id"], task.window_size) - task.windows.start
     write_buckets(storage, path_of("search", f"{number:06d}.members"), members, windows, len(task.windows))
-    storage.put_bytes(path_of("search", f"{number:06d}.groups"), np.unique(members["group"]).tobytes())
+    storage.put_bytes(path_of("search", f"{number:06d}.groups"), sorted_unique(members["group"]).tobytes())
     return len(members)
 
 

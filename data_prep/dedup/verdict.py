@@ -13,6 +13,7 @@ from data_prep.dedup.caption import NUM_PERMUTATIONS, similarity
 from data_prep.dedup.evaluation import item_names
 from data_prep.dedup.gather import DUPLICATE, EVAL_CAPTION, EVAL_IMAGE, NEAR_CAPTION, NEAR_IMAGE
 from data_prep.dedup.greedy import Relation, decide
+from data_prep.dedup.pairs import sorted_unique
 from data_prep.dedup.store import DECISION, EDGE, MEMBER, joined, key_of, path_of, read_all, records
 from data_prep.storage import Storage, open_storage
 
@@ -127,7 +128,7 @@ def _involved(storage: Storage, task: GreedyTask, relations: Sequence[Relation],
         paths = [path_of("search", f"{number:06d}.members") for number in files.group_searches]
         members.append(read_all(storage, paths, MEMBER, range(place, place + 1), len(task.windows)))
     firsts = [relation.groups[np.searchsorted(relation.groups, low) : np.searchsorted(relation.groups, high)] for relation in relations]
-    ids = np.unique(np.concatenate([*firsts, *(found["id"] for found in members)]))
+    ids = sorted_unique(np.concatenate([*firsts, *(found["id"] for found in members)]))
     groups = []
     for relation, found in zip(relations, members, strict=True):
         group = ids.copy()
