@@ -59,7 +59,7 @@ class Spool:
         self._entries[number][2][name] = value
 
     def __iter__(self) -> Iterator[Prepared]:
-        """The samples by ascending number."""
+        """The samples by ascending number. Those that were given already may be removed meanwhile."""
         for number in sorted(self._entries):
             offset, size, values, facts = self._entries[number]
             self._file.seek(offset)

@@ -7,7 +7,7 @@ Fetching goes on in the background while this thread decodes.
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from data_prep.isolation import Isolated
 from data_prep.ledger import Failure
 from data_prep.metadata import Facts
 from data_prep.plan import READERS, Span, Task
-from data_prep.readers.base import RawSample
+from data_prep.readers.base import RawSample, plain_json
 from data_prep.reasons import Drop, matches
 from data_prep.run_stats import PartCollector, PartStats
 from data_prep.scoring import ScoreQueue
@@ -75,7 +75,7 @@ class TaskSamples:
         if job.is_isolated:
             self._prepare = stack.enter_context(Isolated(self._prepare))
         self._collector = PartCollector()
-        self._unscored: dict[int, tuple[Facts, int, Answer | None]] = {}
+        self._unscored: dict[int, tuple[Facts, int, Answer | None, Mapping[str, Any]]] = {}
         self.failures: list[Failure] = []
         self.retried: Counter[str] = Counter()
 
@@ -94,7 +94,7 @@ class TaskSamples:
         if waiting:
             self._fetch(waiting)
         if self._scores is not None:
-            self._settle(self._scores.finish())
+            self._score(self._scores)
 
     def _rows(self, storage: Storage) -> Iterator[tuple[int, RawSample]]:
         """(number, sample), exactly as many as planned: an input that has shrunk since must not shift the keys of the others."""
@@ -194,16 +194,21 @@ class TaskSamples:
         if self._scores is None:
             self._collector.kept(facts, num_bytes_out=len(image.data), answer=answer)
             return
-        self._unscored[number] = (facts, len(image.data), replace(answer, data=b"") if answer is not None else None)
-        self._settle(self._scores.put(number, image.data, facts.caption))
+        self._unscored[number] = (facts, len(image.data), replace(answer, data=b"") if answer is not None else None, raw.extra)
+
+    def _score(self, queue: ScoreQueue) -> None:
+        """Has everything scored that was kept: in the order of the numbers, because a model's figures depend on what shares their batch."""
+        for sample in self.kept:
+            self._settle(queue.put(sample.number, sample.image, sample.facts.caption))
+        self._settle(queue.finish())
 
     def _settle(self, scored: Iterator[tuple[int, dict[str, float]]]) -> None:
         """Notes scores in their samples, and drops those outside the bounds."""
         for number, scores in scored:
-            facts, num_bytes, answer = self._unscored.pop(number)
+            facts, num_bytes, answer, columns = self._unscored.pop(number)
             try:
-                self._filter.check_scores(scores)
-                self.kept.note(number, "scores", scores)
+                self._filter.check_scores({**columns, **scores})
+                self.kept.note(number, "scores", plain_json(scores))
                 self._collector.kept(facts, num_bytes_out=num_bytes, answer=answer)
             except Drop as problem:
                 self.kept.remove(number)
