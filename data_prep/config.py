@@ -48,6 +48,8 @@ class LimitConfig:
     max_file_bytes: int = 64 * 2**20
     max_pixels: int = 100_000_000
     """Width x height of the header; a 100-megapixel RGB image decodes to 300 MB."""
+    max_decode_bytes: int = 512 * 2**20
+    """Memory that decoding one picture may take, by an estimate from its header: 3-8 bytes a pixel for JPEG and PNG, 20 for WebP and AVIF."""
     max_aspect_ratio: float = 8.0
     """Longer side over shorter side."""
     min_side: int = 8
@@ -55,7 +57,7 @@ class LimitConfig:
     max_caption_bytes: int = 64 * 2**10
 
     def __post_init__(self) -> None:
-        for name in ("max_file_bytes", "max_pixels", "min_side", "max_caption_bytes"):
+        for name in ("max_file_bytes", "max_pixels", "max_decode_bytes", "min_side", "max_caption_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"limits.{name}={getattr(self, name)} must be at least 1")
         if self.max_aspect_ratio < 1:
@@ -249,7 +251,7 @@ class RayConfig:
     max_in_flight: int | None = None
     """Tasks submitted at once; None: twice the CPUs of the cluster."""
     memory_per_task_bytes: int = 1 * 2**30
-    """What one task may use above an idle worker: bounds the bytes being downloaded and the pictures that may be decoded."""
+    """What one task may use above an idle worker. What `limits.max_decode_bytes` leaves of it bounds the bytes being downloaded."""
     straggler_factor: float = 3.0
     """A task that takes this many times the median of the finished ones gets a second copy elsewhere; the first to finish counts.
 
@@ -300,6 +302,9 @@ class PrepConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.samples_per_shard <= 1_000_000:
             raise ValueError(f"samples_per_shard={self.samples_per_shard} must be in 1..1000000")
+        room, decode = self.ray.memory_per_task_bytes, self.limits.max_decode_bytes
+        if decode > room * 3 // 4:
+            raise ValueError(f"limits.max_decode_bytes={decode} must leave a quarter of ray.memory_per_task_bytes={room}: lower one or raise the other")
         if not 0 <= self.heldout_permille <= 500:
             raise ValueError(f"heldout_permille={self.heldout_permille} must be in 0..500")
 

@@ -36,7 +36,7 @@ REASONS = {
     "corrupt": "the decoder found an error in the file",
     "file_too_large": "file above limits.max_file_bytes",
     "not_an_image": "no known image format",
-    "too_many_pixels": "width x height above limits.max_pixels",
+    "too_many_pixels": "width x height above limits.max_pixels, or more to decode than limits.max_decode_bytes",
     "too_small": "shorter side below limits.min_side",
     "truncated": "the file ends too early",
     "unsupported_mode": "pixel type without a defined 8-bit meaning",

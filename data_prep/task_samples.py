@@ -35,8 +35,8 @@ from data_prep.scoring import ScoreQueue
 from data_prep.spool import Prepared, Spool
 from data_prep.storage import Storage
 
-DOWNLOAD_SHARE, DECODE_SHARE = 4, 2
-"""Of a task's memory a quarter may hold bodies that wait for their decoding, and half the picture that is being decoded."""
+DOWNLOAD_SHARE = 4
+"""Of a task's memory a quarter may hold bodies that wait for their decoding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +155,7 @@ class TaskSamples:
             max_file_bytes=config.limits.max_file_bytes,
             memory_bytes=config.ray.memory_per_task_bytes // DOWNLOAD_SHARE,
             share=self._job.num_workers,
-            judge=lambda prefix, total: judge_header(prefix, total, config.image, config.limits),
+            judge=lambda prefix, total: judge_header(prefix, total, config.image, config.limits, config.filters),
             needs_stores=not has_web,  # in a list from the web, one odd address must not end the job
         )
         with downloader:
@@ -274,4 +274,4 @@ def _facts_of_dropped(failure: Failure, caption: str, sha256: bytes) -> Facts:
 
 def _prepare(data: bytes, config: PrepConfig) -> PreparedImage:
     """A function of the module, because it may have to travel to a child process."""
-    return prepare_image(data, config.image, config.limits, config.filters, config.ray.memory_per_task_bytes // DECODE_SHARE)
+    return prepare_image(data, config.image, config.limits, config.filters, config.limits.max_decode_bytes)

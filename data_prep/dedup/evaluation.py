@@ -234,7 +234,7 @@ def _prepare(raw: RawSample, config: PrepConfig) -> _Item:
     if raw.problem is None:
         try:
             limits = replace(config.limits, max_aspect_ratio=1e9, min_side=1)
-            phash = prepare_image(raw.image, config.image, limits, FilterConfig(), config.ray.memory_per_task_bytes).phash
+            phash = prepare_image(raw.image, config.image, limits, FilterConfig(), config.limits.max_decode_bytes).phash
         except Drop as problem:
             logger.warning("evaluation item %s: %s %s", raw.source, problem.reason, problem.detail)
     return raw.source, hashlib.sha256(raw.image).digest(), phash, caption

@@ -163,7 +163,8 @@ def large_pictures(context: Context) -> Section:
     (folder / "000000.jpg").write_bytes(buffer.getvalue())
     urls = context.work / "large.parquet"
     row = Row(name="large", note="", peer={**ROWS["same"].peer, "number_sample_per_shard": str(LARGE_COUNT // 2)}, ours=())
-    settings = (*ROWS["same"].ours, f"samples_per_shard={LARGE_COUNT // 2}", f"ray.memory_per_task_bytes={LARGE_MEMORY}", "ray.num_cpus=2")
+    memory = (f"ray.memory_per_task_bytes={LARGE_MEMORY}", f"limits.max_decode_bytes={LARGE_MEMORY // 2}")
+    settings = (*ROWS["same"].ours, f"samples_per_shard={LARGE_COUNT // 2}", *memory, "ray.num_cpus=2")
     with ServerProcess(folder) as server:
         write_list(urls, [server.url("")], files=1, rows=LARGE_COUNT)
         theirs, ours = context.peer_run(urls, row), context.our_run(urls, settings)
