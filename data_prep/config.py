@@ -304,7 +304,7 @@ class PrepConfig:
             raise ValueError(f"samples_per_shard={self.samples_per_shard} must be in 1..1000000")
         room, decode = self.ray.memory_per_task_bytes, self.limits.max_decode_bytes
         if decode > room * 3 // 4:
-            raise ValueError(f"limits.max_decode_bytes={decode} must leave a quarter of ray.memory_per_task_bytes={room}: lower one or raise the other")
+            raise ValueError(f"limits.max_decode_bytes={decode} must leave a quarter of ray.memory_per_task_bytes={room} free")
         if not 0 <= self.heldout_permille <= 500:
             raise ValueError(f"heldout_permille={self.heldout_permille} must be in 0..500")
 
