@@ -18,7 +18,7 @@ from data_prep import run_stats
 from data_prep.cluster import num_slots, ray_session, run_tasks
 from data_prep.config import PrepConfig
 from data_prep.dedup.run import find_duplicates
-from data_prep.diagnosis import Watch, diagnose
+from data_prep.diagnosis import Watch, diagnose, findings
 from data_prep.ledger import LEDGER
 from data_prep.part import PARTS, PartRecord, write_part
 from data_prep.plan import Plan, Task, plan_path
@@ -42,6 +42,9 @@ from data_prep.task_samples import Job
 from data_prep.tokenizer import make_tokenizer
 
 logger = logging.getLogger(__name__)
+
+NUM_ADVISED = 3
+"""Causes that are explained where not one sample is usable."""
 
 
 class Lease(Protocol):
@@ -75,7 +78,7 @@ def build_generation(config: PrepConfig, plan: Plan, storage: Storage, lease: Le
         stats = _without(stats, duplicates)
         counts = _count(config, records)
         if base is None and not any(part.kept for part in counts):
-            _give_up(plan, _dropped(records, duplicates), storage)
+            _give_up(config, plan, _dropped(records, duplicates), stats, storage)
         wanted = plan_shards(counts, config, plan.generation, has_verdicts=config.dedup.is_on, evaluation=digests)
         splits = _make_shards(config, job, wanted, storage)
         splits = _joined(base, splits)
@@ -150,15 +153,16 @@ def absolute_task(task: Task) -> Task:
     return replace(task, spans=spans)
 
 
-def _give_up(plan: Plan, dropped: Mapping[str, int], storage: Storage) -> NoReturn:
+def _give_up(config: PrepConfig, plan: Plan, dropped: Mapping[str, int], stats: PartStats, storage: Storage) -> NoReturn:
     """Says why nothing was kept, and forgets the attempt, so that a run on the mended input starts afresh."""
     storage.delete(plan_path(plan.generation))
     storage.delete_many(storage.list(f"{PARTS}/"))
+    found = [finding.text for finding in findings(stats, config, min_samples=1) if finding.code != "retry"]  # there is nothing to retry on
     raise UserError(
         "not one sample of the input is usable: no data set was written",
         got=", ".join(f"{number} x {reason} ({explain(reason)})" for reason, number in dropped.items()),
         expected="images with captions",
-        fix=f"see {storage.url}/{LEDGER}/ for every sample",
+        fix="\n          ".join([f"see {storage.url}/{LEDGER}/ for every sample, and run again", *found[:NUM_ADVISED]]),
     )
 
 

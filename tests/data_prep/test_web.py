@@ -123,7 +123,7 @@ def test_a_crawl_without_a_contact_is_refused(pages: dict[str, bytes], tmp_path:
 def test_private_addresses_are_refused_unless_allowed(pages: dict[str, bytes], tmp_path: Path) -> None:
     with WebServer(pages) as server:
         table = url_list(tmp_path / "urls.parquet", [server.url("/p000.png")])
-        with pytest.raises(UserError, match="1 x private_address"):
+        with pytest.raises(UserError, match=r"1 x private_address(?s:.*)download\.allowed_networks"):
             prepare(small_config(table, tmp_path / "set", download=replace(DOWNLOAD, allowed_networks=())))
         assert not server.log
 
@@ -214,6 +214,8 @@ def test_the_configuration_refuses_nonsense() -> None:
         with pytest.raises(ValueError, match="download"):
             DownloadConfig(**bad)  # type: ignore[arg-type]
     assert PrepConfig().download.respect_robots
+    with pytest.raises(ValueError, match="must leave a quarter of ray.memory_per_task_bytes"):
+        PrepConfig(ray=RayConfig(memory_per_task_bytes=2**29))
 
 
 def test_a_list_of_what_is_not_wanted_holds_behind_a_redirect(pages: dict[str, bytes], tmp_path: Path) -> None:
