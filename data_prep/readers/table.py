@@ -1,9 +1,10 @@
 """CSV, TSV, JSON lines (each also .gz) and Parquet whose rows name images and captions.
 
-A row names its image by address (`columns.url`, a URL list) or by path (`columns.image`), or, in Parquet, holds its bytes. Relative paths are
-taken from the table's own folder. Text tables are planned in one pass that notes the byte at which every slice begins, so that a task does not
-read the rows before its own; in a compressed table it has to decompress them (some 200 MB a second), so large lists are better left plain or
-made Parquet, which is read by row groups. TSV is read without quoting, as the published caption sets write it; CSV with it.
+A row names its image by address (`columns.url`, a URL list) or by path (`columns.image`), or, in Parquet, holds its bytes. Relative paths are taken
+from the table's own folder; an address may be a file there too, and nowhere else on this machine. Text tables are planned in one pass that notes the
+byte at which every slice begins, so that a task does not read the rows before its own; in a compressed table it has to decompress them (some 200 MB a
+second), so large lists are better left plain or made Parquet, which is read by row groups. TSV is read without quoting, as the published caption sets
+write it; CSV with it.
 """
 
 import csv
@@ -300,6 +301,8 @@ def _check_first_object(path: str, line: str, config: PrepConfig) -> None:
 
 def _image_column(path: str, found: list[str], config: PrepConfig, *, needs_caption: bool = True) -> None:
     """Refuses a table without the columns we were told to read, before a million rows are dropped one by one."""
+    if not found:
+        raise UserError(f"{path} names no columns: it is empty", expected="a table with the names of its columns, and rows", fix="check the file")
     columns = config.columns
     wanted = [] if columns.url in found else ["image"]
     if needs_caption and config.missing_caption != "empty":
@@ -312,4 +315,4 @@ def _image_column(path: str, found: list[str], config: PrepConfig, *, needs_capt
         hint = f" (perhaps columns.{role}={close[0]})" if close else ""
         also = f" nor {columns.url!r}" if role == "image" else ""
         fix = f"name the {role} column: columns.{role}=NAME{hint}" + (", or columns.url=NAME for addresses" if role == "image" else "")
-        raise UserError(f"{path} has no column {name!r}{also}", got=", ".join(found)[:300] or "an empty file", fix=fix)
+        raise UserError(f"{path} has no column {name!r}{also}", got=", ".join(found)[:300], fix=fix)
