@@ -146,7 +146,8 @@ class Price:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--plan` and the options of a price to a command line; `options_of` reads them."""
     default = PriceOptions()
-    parser.add_argument("--plan", action="store_true", help="measure a sample of the input and print what the run will cost; write nothing")
+    text = "measure a sample of the input and print what preparing all of it will cost, whatever the output holds already; write nothing"
+    parser.add_argument("--plan", action="store_true", help=text)
     parser.add_argument("--plan-sample", type=int, default=default.num_rows, metavar="ROWS", help="rows that --plan measures (default %(default)s)")
     parser.add_argument("--plan-bandwidth", type=float, default=default.bandwidth_mbit, metavar="MBIT", help="Mbit/s (default %(default)g)")
     parser.add_argument("--plan-cores", type=int, action="append", default=[], metavar="N", help="give the time on N cores too; may be repeated")

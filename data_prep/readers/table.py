@@ -302,7 +302,7 @@ def _check_first_object(path: str, line: str, config: PrepConfig) -> None:
 def _image_column(path: str, found: list[str], config: PrepConfig, *, needs_caption: bool = True) -> None:
     """Refuses a table without the columns we were told to read, before a million rows are dropped one by one."""
     if not found:
-        raise UserError(f"{path} names no columns: it is empty", expected="a table with the names of its columns, and rows", fix="check the file")
+        raise UserError(f"{path} names no columns", got="nothing", expected="a table with the names of its columns, and rows", fix="check the file")
     columns = config.columns
     wanted = [] if columns.url in found else ["image"]
     if needs_caption and config.missing_caption != "empty":

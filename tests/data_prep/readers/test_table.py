@@ -93,6 +93,14 @@ def test_a_missing_column_is_named_with_a_suggestion(tmp_path: Path, suffix: str
         read_all(write_table(tmp_path, suffix, rows), PrepConfig())
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_an_empty_table_is_called_that(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"list{suffix}"
+    path.touch()
+    with pytest.raises(UserError, match="names no columns"):
+        list(TableReader().plan(str(path), PrepConfig()))
+
+
 def test_parquet_may_hold_the_bytes(tmp_path: Path) -> None:
     data = encoded(smooth_pixels(12, 12))
     rows: list[dict[str, object]] = [{"image": {"bytes": data, "path": "a.png"}, "caption": "x"}]
