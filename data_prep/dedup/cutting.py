@@ -52,7 +52,7 @@ def spread_tasks(dedup: DedupConfig, gathered: Sequence[Mapping[str, int]], scal
     num = sum(counts["num"] for counts in gathered)
     if not dedup.image_distance or num <= scale.image_rows:
         return []
-    scheme = choose_scheme(dedup.image_distance, num)
+    scheme = choose_scheme(dedup.image_distance, num, is_stored=True)
     batches = _batches([counts["num"] for counts in gathered], scale.image_rows)
     return [SpreadTask(number=number, scheme=scheme, gathered=batch) for number, batch in enumerate(batches)]
 
@@ -86,7 +86,7 @@ def plan_searches(
     if needs_exact(dedup):
         relations.append(RelationFiles(code=DUPLICATE, group_searches=groups("exact")))
     if dedup.image_distance is not None:
-        scheme = choose_scheme(dedup.image_distance, num)
+        scheme = choose_scheme(dedup.image_distance, num, is_stored=num_spread > 0)
         edges = add(_image_tasks(scheme, num, num_spread, scale)) if dedup.image_distance else ()
         relations.append(RelationFiles(code=NEAR_IMAGE, group_searches=groups("image"), edge_searches=edges))
     if dedup.caption_similarity is not None:

@@ -23,8 +23,8 @@ MIN_BITS, MAX_BITS = 24, 40
 """Bits set in a hash that tells pictures apart. With 24 of them 48 coefficients are distinct: two unrelated hashes come within
 6 bits once in 20 million, with 16 (a picture of exact left-right symmetry) already once in 4,000."""
 
-_TABLE_NS, _PAIR_NS = 60.0, 2.5
-"""Measured cost of a row per table, and of a comparison: only their ratio matters, and only for speed."""
+_TABLE_NS, _STORED_TABLE_NS, _PAIR_NS = 60.0, 300.0, 2.5
+"""Measured cost of a row per table, of one in a table that is first written to storage, and of a comparison. They decide speed only."""
 
 _ROWS_AT_ONCE = 1 << 15
 """Rows compared at a time: all arrays of a step stay in the processor's cache."""
@@ -83,14 +83,19 @@ class Scheme:
         return (differences[:, None] & np.array(masks, dtype=np.uint64)) == 0
 
 
-def choose_scheme(distance: int, num: int, num_targets: int | None = None) -> Scheme:
-    """The cheapest scheme for `num` hashes compared with each other, or with `num_targets` others."""
+def choose_scheme(distance: int, num: int, num_targets: int | None = None, *, is_stored: bool = False) -> Scheme:
+    """The cheapest scheme for `num` hashes compared with each other, or with `num_targets` others.
+
+    Args:
+        is_stored: every table is written to storage and read again, because one task cannot hold all hashes.
+    """
+    table_ns = _STORED_TABLE_NS if is_stored else _TABLE_NS
     pairs = num * num / 2 if num_targets is None else num * num_targets
     rows = num + (num_targets or 0)
 
     def cost(scheme: Scheme) -> float:
         in_buckets = pairs / 2.0 ** (64 * scheme.num_equal / scheme.num_blocks)
-        return scheme.num_tables * (rows * _TABLE_NS + in_buckets * _PAIR_NS)
+        return scheme.num_tables * (rows * table_ns + in_buckets * _PAIR_NS)
 
     return min((Scheme(distance=distance, num_equal=count) for count in range(1, 6)), key=cost)
 
