@@ -194,11 +194,14 @@ class DedupConfig:
     exact: bool = False
     """Drop images whose original bytes are those of an earlier sample."""
     image_distance: int | None = None
-    """Drop images whose 64-bit perceptual hash is at most this many bits from an earlier one's (0-7; 4 is cautious, 6 thorough)."""
+    """Drop images whose 64-bit perceptual hash is at most this many bits from an earlier one's (0-7; 4 is cautious, 6 thorough).
+
+    Equal bytes count too. Pictures without detail are not compared by hash (see data_prep/dedup/README.md).
+    """
     caption_similarity: float | None = None
     """Drop samples whose caption's estimated Jaccard similarity to an earlier one is at least this (0.5-1)."""
     evaluation: tuple[str, ...] = ()
-    """Evaluation sets, in any form that `inputs` takes, or data sets made by jetway: samples near one of theirs are dropped."""
+    """Evaluation sets, in any form that `inputs` takes except lists of addresses, or data sets made by jetway: samples near one of theirs go."""
     evaluation_image_distance: int = 6
     evaluation_caption_similarity: float | None = None
     """None: evaluation captions are not compared (short captions coincide by chance)."""
