@@ -94,7 +94,8 @@ def read_evaluation(config: PrepConfig, task: EvaluationTask, number: int) -> di
     np.savez(buffer, phash=hashes, sha256=digests, has_picture=has_picture)
     storage.put_bytes(path_of("evaluation", f"{number:06d}.npz"), buffer.getvalue())
     title = task.set_path.rstrip("/").rpartition("/")[2]
-    texts = {"names": [f"{title}:{name}" for name, _, _, _ in items], "captions": [caption for _, _, _, caption in items]}
+    names = [name.removeprefix(f"{title}/").removeprefix(f"{title}#") for name, _, _, _ in items]
+    texts = {"names": [f"{title}:{name}" for name in names], "captions": [caption for _, _, _, caption in items]}
     storage.put_bytes(path_of("evaluation", f"{number:06d}.texts.json"), json.dumps(texts).encode())
     return {"num_items": len(items), "num_unusable": int((~has_picture).sum())}
 

@@ -161,7 +161,7 @@ def caption_table(count: int) -> Table:
     """Recall by kind of change; then the share of unrelated pairs that are taken for near-duplicates."""
     generator = np.random.default_rng(0)
     originals = make_captions(count, generator)
-    rows = {name: [] for name in CAPTION_CHANGES} | {"unrelated pairs": []}  # type: dict[str, list[float]]
+    rows: dict[str, list[float]] = {name: [] for name in (*CAPTION_CHANGES, "unrelated pairs")}
     for similarity in SIMILARITIES:
         bands = choose_bands(similarity)
         for name, change in CAPTION_CHANGES.items():

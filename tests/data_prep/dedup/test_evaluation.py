@@ -74,8 +74,8 @@ def test_pictures_close_to_those_of_a_folder_go(tmp_path: Path) -> None:
     config = replace(settings(tmp_path / "set", 3, evaluation=(str(folder),)), image=ImageConfig(resolution=128))
     found, dropped = find(config, rows)
     assert {key: (reason, detail.split(",")[0]) for key, (reason, detail) in dropped.items()} == {
-        "0000000000": ("eval_image", "coco:coco/item01.png"),
-        "0000000002": ("eval_image", "coco:coco/item02.png"),
+        "0000000000": ("eval_image", "coco:item01.png"),
+        "0000000002": ("eval_image", "coco:item02.png"),
     }
     assert list(found.digests) == [str(folder)]
 
