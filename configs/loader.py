@@ -181,5 +181,7 @@ def _describe(error: pydantic.ValidationError) -> Iterator[str]:
             yield f"{location}: {context_error}" if location != "(whole)" else str(context_error)
         elif item["type"] == "missing":
             yield f"{location}: required, but not given"
+        elif item["type"] == "tuple_type":
+            yield f"{location}={item['input']!r}: a list is wanted, even of one value: [{item['input']}]"
         else:
             yield f"{location}={item['input']!r}: {item['msg']}"

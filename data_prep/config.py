@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any, Literal
@@ -121,6 +122,8 @@ class DownloadConfig:
         for name in ("max_redirects", "retries", "backoff_s", "max_retry_after_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"download.{name}={getattr(self, name)} must not be negative")
+        if self.contact and "@" not in self.contact and "://" not in self.contact:
+            raise ValueError(f"download.contact={self.contact!r} must be a mail address or the address of a page")
         for network in self.allowed_networks:
             try:
                 ip_network(network)
@@ -329,3 +332,19 @@ def identity(config: PrepConfig) -> dict[str, Any]:
 def identity_hash(config: PrepConfig) -> str:
     """Hex SHA-256 of `identity`, the `config_hash` of the manifest."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def stored_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The `identity` that a manifest or plan holds, with today's defaults for settings that are newer than it.
+
+    A setting that did not exist had no effect, which is what its default stands for; without this, no older data set could be continued.
+    """
+
+    def filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        found = {**defaults, **stored}
+        return {
+            name: filled(value, defaults[name]) if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping) else value
+            for name, value in found.items()
+        }
+
+    return filled(values, identity(PrepConfig()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.config import stored_identity
 from data_prep.plan import differences
 from data_prep.schema import Manifest, ShardIndex, ShardInfo
 from data_prep.storage import Storage
@@ -87,7 +88,7 @@ def diff(storage: Storage, before: Manifest, after: Manifest) -> Diff:
     return Diff(
         before=before.generation,
         after=after.generation,
-        settings=tuple(differences(dict(before.config), dict(after.config))),
+        settings=tuple(differences(stored_identity(before.config), stored_identity(after.config))),
         inputs_added=tuple(text for text in after.inputs if text not in before.inputs),
         inputs_removed=tuple(text for text in before.inputs if text not in after.inputs),
         lists_changed=tuple(path for path in sorted({*before.lists, *after.lists}) if before.lists.get(path) != after.lists.get(path)),
@@ -115,7 +116,7 @@ def what_changed(base: Manifest | None, manifest: Manifest) -> str:
         parts.append(f"shards +{len(new.keys() - old.keys()):,} -{len(old.keys() - new.keys()):,}")
     if base.tokenizer.sha256 != manifest.tokenizer.sha256:
         parts.append("another tokenizer")
-    settings = [text.partition(":")[0] for text in differences(dict(base.config), dict(manifest.config))]
+    settings = [text.partition(":")[0] for text in differences(stored_identity(base.config), stored_identity(manifest.config))]
     if settings:
         parts.append(f"{', '.join(settings[:3])}{' ...' if len(settings) > 3 else ''} changed")
     return "; ".join(parts) or "the same content"

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from configs.errors import UserError
 from data_prep.build import Lease, build_generation
-from data_prep.config import PrepConfig, identity, identity_hash
+from data_prep.config import PrepConfig, identity, identity_hash, stored_identity
 from data_prep.dedup.evaluation import plan_evaluation
 from data_prep.filters.row import RowFilter, list_digests
 from data_prep.lease import only_writer
@@ -146,7 +146,7 @@ def absolute(config: PrepConfig) -> PrepConfig:
 
 def same_settings(plan: Plan, config: PrepConfig, lists: dict[str, str], storage: Storage) -> Plan:
     """The stored plan, if it is of this configuration."""
-    changed = differences(plan.config, identity(config))
+    changed = differences(stored_identity(plan.config), identity(config))
     if changed and plan.base is None and all(change.startswith("tokenizer.") for change in changed):
         # The tokenizer comes last: its settings may be mended as long as nothing is published.
         plan = replace(plan, config=identity(config), config_hash=identity_hash(config), settings=settings(config))
@@ -171,7 +171,7 @@ def same_settings(plan: Plan, config: PrepConfig, lists: dict[str, str], storage
 def growth(config: PrepConfig, storage: Storage, from_generation: int | None, lists: dict[str, str]) -> Plan | None:
     """The plan of what the inputs have gained since a finished generation; None if that is nothing."""
     base = Manifest.load(storage, from_generation)
-    changed = differences(dict(base.config), identity(config))
+    changed = differences(stored_identity(base.config), identity(config))
     if changed:
         raise UserError(
             f"{storage.url} was made with another configuration",

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from configs.errors import ConfigError, UserError
 from configs.loader import apply_overrides, build_config
 from data_prep import ledger
-from data_prep.config import PrepConfig, identity
+from data_prep.config import PrepConfig, identity, stored_identity
 from data_prep.lease import only_writer
 from data_prep.ledger import LedgerFile, ledger_path
 from data_prep.plan import Plan, Span, differences, group, plans_of
@@ -172,7 +172,7 @@ def _config(storage: Storage, base: Manifest, output: str, overrides: Sequence[s
     values = {**(plans[0].settings if plans else {}), "output": output}
     apply_overrides(values, overrides)
     config = build_config(PrepConfig, values, source=f"the settings of {output}")
-    if changed := differences(dict(base.config), identity(config)):
+    if changed := differences(stored_identity(base.config), identity(config)):
         raise ConfigError(
             "a second-chance pass cannot change what the data set holds", got="; ".join(changed), expected="settings of `download` and `ray`"
         )

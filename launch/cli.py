@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(arguments)
         sys.stdout.flush()  # a reader that has left shows here rather than at exit
     except KeyboardInterrupt:
-        print("\njetway: interrupted", file=sys.stderr)
+        print("\njetway: interrupted; the same command again goes on where it can", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # `jetway stats DATA | head` is no error. Python flushes stdout once more at exit: give it somewhere to go.

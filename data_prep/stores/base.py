@@ -108,6 +108,6 @@ def writing(target: str) -> Iterator[None]:
                 f"cannot write {target}: {_FULL[error.errno]}",
                 fix="free space or choose another output, then run the same command again: finished shards are kept",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise UserError(f"cannot write {target}", got=error.strerror, expected="a folder that you may write to") from error
         raise

@@ -126,3 +126,16 @@ def test_duplicates_of_published_samples_are_dropped_from_the_new_generation(mak
     assert {path: after[path] for path in before} == before
     listed = [json.loads(line) for line in after["ledger/000002/failures-000000.jsonl"].splitlines()]
     assert [(entry["reason"], Path(entry["source"]).name) for entry in listed] == [("duplicate", f"q{i}.png") for i in range(4)]
+
+
+def test_a_data_set_older_than_a_setting_can_be_continued(data_set: Path, tmp_path: Path, make_folder: Callable[..., Path]) -> None:
+    """What a manifest does not name had no effect, which is what the default stands for."""
+    path = data_set / "manifests" / "000001.json"
+    values = json.loads(path.read_text())
+    del values["config"]["limits"]["max_decode_bytes"], values["config"]["dedup"]
+    path.write_text(json.dumps(values))
+    make_folder(2, first=100)
+    config = small_config(tmp_path / "raw", data_set)
+    with pytest.raises(UserError, match=r"dedup\.exact: False -> True"):
+        prepare(replace(config, dedup=DedupConfig(exact=True)))
+    assert prepare(config)[0].counts.read == 32
