@@ -73,7 +73,7 @@ def build_generation(config: PrepConfig, plan: Plan, storage: Storage, lease: Le
     with ray_session(config.ray), scorers(config.filters) as actors:
         job = Job(generation=plan.generation, num_workers=num_slots(), takedowns=takedowns, scorers=actors)
         records, stats = _make_parts(config, job, plan, storage)
-        digests = _find_duplicates(config, records, base)
+        digests = _find_duplicates(config, plan, records, base)
         duplicates = _publish_failures(config, job, records)
         stats = _without(stats, duplicates)
         counts = _count(config, records)
@@ -166,12 +166,14 @@ def _give_up(config: PrepConfig, plan: Plan, dropped: Mapping[str, int], stats: 
     )
 
 
-def _find_duplicates(config: PrepConfig, records: Sequence[PartRecord], base: Manifest | None) -> dict[str, str]:
-    """Looks for duplicates, if that is wanted; returns the digests of the evaluation sets, by path."""
+def _find_duplicates(config: PrepConfig, plan: Plan, records: Sequence[PartRecord], base: Manifest | None) -> dict[str, str]:
+    """Looks for duplicates, if that is wanted; returns the digests of the evaluation sets, by path as the user gave it."""
     if not config.dedup.is_on or (base is None and not any(record.kept for record in records)):
         return {}
     shards = [shard for split in base.splits.values() for shard in split.shards] if base else []
-    return dict(find_duplicates(config, [record.name for record in records if record.kept], shards).digests)
+    digests = find_duplicates(config, [record.name for record in records if record.kept], shards).digests
+    given = dict(zip(config.dedup.evaluation, plan.settings["dedup"]["evaluation"], strict=True))
+    return {given[path]: digest for path, digest in digests.items()}
 
 
 def _publish_failures(config: PrepConfig, job: Job, records: Sequence[PartRecord]) -> PartStats:
