@@ -29,7 +29,7 @@ from data_prep.task_samples import Job
 
 NUM_THREADS = 16
 """Records read at once: on an object store each costs a round trip, and a large set has a million of them."""
-READ_BYTES, GAP_BYTES = 2**26, 2**20
+READ_BYTES, GAP_BYTES = 2**23, 2**20
 """Of a part that are held at a time, and of unwanted samples that are read over because a request of its own would take longer."""
 
 

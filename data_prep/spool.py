@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from data_prep.metadata import Facts
 
-IN_MEMORY_BYTES = 32 * 2**20
+IN_MEMORY_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
