@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.config import TokenizerConfig
+from data_prep.tokenizer import train
 from tests.benchmarks.bench_prep_measure import Usage, cpu_seconds, measure
 from tests.benchmarks.bench_prep_sides import PEER_ENV, Outcome, Row, our_command, our_outcome, peer_command, peer_outcome
 from tests.benchmarks.corpus import write_list
@@ -112,10 +114,20 @@ class Context:
         command = peer_command(self.peer, urls, output, row, processes=self.processes, threads=self.threads, shard=self.samples_per_shard)
         return self._run(command, output, peer_outcome, stop_after_s)
 
+    @property
+    def tokenizer(self) -> Path:
+        """A model for our side: to train one is a step that the peer does not have."""
+        path = self.work / "tokenizer.model"
+        if not path.exists():
+            captions = [text.read_text() for text in sorted((self.corpus / "images").glob("*.txt"))]
+            path.write_bytes(train(captions, TokenizerConfig(vocab_size=512)))
+        return path
+
     def our_run(self, inputs: Path, overrides: Sequence[str], *, stop_after_s: float | None = None) -> Run:
         """`jetway prep` once."""
         output = self.new("ours")
-        return self._run(our_command(inputs, output, (f"samples_per_shard={self.samples_per_shard}", *overrides)), output, our_outcome, stop_after_s)
+        settings = (f"samples_per_shard={self.samples_per_shard}", f"tokenizer.model_file={self.tokenizer}", *overrides)
+        return self._run(our_command(inputs, output, settings), output, our_outcome, stop_after_s)
 
     def _run(self, command: Sequence[str], output: Path, judge: Callable[[Path], Outcome], stop_after_s: float | None) -> Run:
         log = output.with_suffix(".log")

@@ -29,7 +29,7 @@ ROWS = {
     for row in (
         Row(
             name="same",
-            note="the same output: shorter side 256, ratio kept, JPEG quality 95, 4:2:0",
+            note="the same output: shorter side 256, ratio kept, JPEG quality 95, 4:2:0; our tokenizer is given, as the peer trains none",
             peer={"image_size": "256", "resize_mode": "keep_ratio"},
             ours=("image.resize_mode=keep_ratio", "image.subsampling=420", "image.quality=95"),
             gates=True,
