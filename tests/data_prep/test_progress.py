@@ -36,7 +36,7 @@ def test_line_tells_speed_time_left_success_and_the_three_main_reasons() -> None
     clock.now += 10
     line = progress.line()
     assert line.startswith("1,000 of 10,000, 50 img/s, 3 min left, 80 % kept (dns 12 %, timeout 5.0 %, http_404 2.0 %), 300 MiB a worker"), line
-    assert re.search(r"\d+\.?\d* MiB here$", line), line
+    assert re.search(r"\d+\.?\d* [MG]iB here$", line), line
 
 
 def test_speed_forgets_what_is_long_ago() -> None:
