@@ -14,6 +14,7 @@ from model.config import JetFormerConfig
 from model.decoder.block import Block
 from model.flow.coupling import Coupling, decode, encode
 from model.heads.loss import Head
+from model.kernels.config import KernelsConfig
 from model.layers import layer_specs
 from model.parallel import TensorParallel
 from model.patchify import Patchify
@@ -24,10 +25,10 @@ from model.state import State
 class JetFormer(nn.Module):
     """All layers of one model, under the names that checkpoints use."""
 
-    def __init__(self, config: JetFormerConfig, tp: TensorParallel | None = None) -> None:
+    def __init__(self, config: JetFormerConfig, tp: TensorParallel | None = None, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        built = [(spec.kind, spec.build()) for spec in layer_specs(config, tp)]
+        built = [(spec.kind, spec.build()) for spec in layer_specs(config, tp, kernels)]
         by_kind = {kind: [module for k, module in built if k == kind] for kind, _ in built}
         self.patchify = cast(Patchify, by_kind["patchify"][0])
         self.couplings = nn.ModuleList(by_kind.get("coupling", []))
@@ -59,8 +60,8 @@ class JetFormer(nn.Module):
         return cast(Block, self.blocks[index])
 
 
-def build_jetformer(config: JetFormerConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> JetFormer:
+def build_jetformer(config: JetFormerConfig, *, seed: int = 0, device: torch.device | str = "cpu", kernels: KernelsConfig | None = None) -> JetFormer:
     """An initialised model; the same seed gives the same weights as in any parallel layout."""
-    model = JetFormer(config)
+    model = JetFormer(config, kernels=kernels)
     init.initialise(model.named_parameters(), config, seed)
     return model.to(device)

@@ -12,6 +12,7 @@ from model.config import JetFormerConfig
 from model.decoder.block import Block
 from model.flow.coupling import Coupling
 from model.heads.loss import Head
+from model.kernels.config import KernelsConfig
 from model.parallel import TensorParallel
 from model.patchify import Patchify
 from model.sequence import SequenceEmbedding
@@ -36,9 +37,9 @@ class LayerSpec:
         return self.kind in ("patchify", "coupling")
 
 
-def layer_specs(config: JetFormerConfig, tp: TensorParallel | None = None) -> list[LayerSpec]:
-    """The layers in order."""
-    tp = tp or TensorParallel.single()
+def layer_specs(config: JetFormerConfig, tp: TensorParallel | None = None, kernels: KernelsConfig | None = None) -> list[LayerSpec]:
+    """The layers in order; `kernels` says how they compute, not what."""
+    tp, kernels = tp or TensorParallel.single(), kernels or KernelsConfig()
     objective = config.objective
     image_share = 1.0 if objective.loss_on_prefix else objective.text_first_probability
     text_share = 1.0 if objective.loss_on_prefix else 1.0 - objective.text_first_probability
@@ -48,10 +49,12 @@ def layer_specs(config: JetFormerConfig, tp: TensorParallel | None = None) -> li
     return [
         LayerSpec("patchify", "patchify", partial(Patchify, config, tp), 0.0, 0.0),
         *(
-            LayerSpec(f"couplings.{i}", "coupling", partial(Coupling, config, i, tp), coupling, coupling * (1 + flow_backward))
+            LayerSpec(f"couplings.{i}", "coupling", partial(Coupling, config, i, tp, kernels), coupling, coupling * (1 + flow_backward))
             for i in range(config.flow.depth)
         ),
         LayerSpec("embed", "embed", partial(SequenceEmbedding, config, tp), embed, 3 * embed),
-        *(LayerSpec(f"blocks.{i}", "block", partial(Block, config, i, tp), block, 3 * block) for i in range(config.decoder.depth)),
-        LayerSpec("head", "head", partial(Head, config, tp), image_head + text_head, 3 * (image_share * image_head + text_share * text_head)),
+        *(LayerSpec(f"blocks.{i}", "block", partial(Block, config, i, tp, kernels), block, 3 * block) for i in range(config.decoder.depth)),
+        LayerSpec(
+            "head", "head", partial(Head, config, tp, kernels), image_head + text_head, 3 * (image_share * image_head + text_share * text_head)
+        ),
     ]

@@ -42,7 +42,7 @@ class Engine:
         """Builds the stage with initial weights from (config.seed, global name), and DeepSpeed around it."""
         self.config, self.layout = config, layout
         self.micro_batch_size, self.num_micro_batches = check_layout(config, layout.world_size)
-        self.specs = layer_specs(config.model, layout.tensor_parallel)
+        self.specs = layer_specs(config.model, layout.tensor_parallel, config.kernels)
         self.bounds = cut_layers([spec.training_flops for spec in self.specs], layout.pipe)
         self.stage = build_stage(config, layout, self.specs, self.bounds)
         self.stage.num_micro_batches = self.num_micro_batches

@@ -105,7 +105,7 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: RunConfig, layou
         dataset = open_dataset_together(layout, config.data.path, config.data.generation)
         if config.data.text == "caption":
             together(layout, lambda: dataset.check_tokenizer(run_folder(reader) / TOKENIZER_FILE, otherwise="evaluate on another one"))
-        specs = layer_specs(config.model, layout.tensor_parallel)
+        specs = layer_specs(config.model, layout.tensor_parallel, config.kernels)
         stage = build_stage(config, layout, specs, cut_layers([spec.training_flops for spec in specs], layout.pipe))
         together(layout, lambda: load_weights(reader, stage, ema=arguments.ema, config=config.model, partial=layout.pipe > 1))
         step, folder, origin = reader.step, run_folder(reader), str(reader.path)

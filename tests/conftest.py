@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     if not _has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Read when Triton is imported: its kernels then run on the CPU, in numpy.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from model.batch import Batch
 from model.config import DecoderConfig, JetFormerConfig
 from model.decoder.attention import Attention, AttentionContext, KvCache
 from model.decoder.norm import RmsNorm
+from model.kernels.config import KernelsConfig
 from model.parallel import TensorParallel, column_linear, copy_to_ranks, row_linear
 from model.state import State
 from model.streams import Stream
@@ -36,8 +37,9 @@ class GegluMlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with dropout on its output."""
 
-    def __init__(self, config: JetFormerConfig, index: int, tp: TensorParallel) -> None:
+    def __init__(self, config: JetFormerConfig, index: int, tp: TensorParallel, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
+        self.kernels = kernels or KernelsConfig()
         self.config = config
         self.index = index
         self.norm1 = RmsNorm(config.decoder.width)

@@ -16,6 +16,7 @@ from model.config import JetFormerConfig
 from model.flow.permutation import build_permutation, coupling_kinds, invert
 from model.flow.rows import FlowRows
 from model.flow.vit import CouplingNetwork
+from model.kernels.config import KernelsConfig
 from model.parallel import TensorParallel
 from model.state import State
 
@@ -29,8 +30,9 @@ class Coupling(nn.Module):
     permutation: Tensor
     inverse_permutation: Tensor
 
-    def __init__(self, config: JetFormerConfig, index: int, tp: TensorParallel | None = None) -> None:
+    def __init__(self, config: JetFormerConfig, index: int, tp: TensorParallel | None = None, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
+        self.kernels = kernels or KernelsConfig()
         self.config = config
         self.tp = tp or TensorParallel.single()
         self.kind = coupling_kinds(config.flow)[index]

@@ -15,6 +15,7 @@ from model.config import JetFormerConfig
 from model.decoder.norm import RmsNorm
 from model.heads.gmm import GmmHead
 from model.heads.text import TextHead, mean_nll
+from model.kernels.config import KernelsConfig
 from model.parallel import TensorParallel
 from model.sequence import image_slice, text_slice
 from model.state import State
@@ -30,8 +31,9 @@ class Head(nn.Module):
     rows; where a micro-batch has none, it runs on one row of weight zero, so that every parameter gets a gradient.
     """
 
-    def __init__(self, config: JetFormerConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: JetFormerConfig, tp: TensorParallel, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
+        kernels = kernels or KernelsConfig()
         self.config = config
         self.tp = tp
         width = config.decoder.width
