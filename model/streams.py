@@ -35,24 +35,23 @@ class Stream(enum.IntEnum):
     SAMPLING = 9
 
 
-def random_bits(seed: int, stream: int, positions: Tensor, num_words: int, *, substream: int = 0) -> Tensor:
+def random_bits(seed: int, stream: int, positions: Tensor, num_words: int, *, substream: int | Tensor = 0) -> Tensor:
     """64 random bits per word.
 
     Args:
         positions: int64 [B], global sample positions.
         num_words: words per sample.
-        substream: distinguishes several draws of one stream, such as the layers of dropout.
+        substream: distinguishes several draws of one stream, such as the layers of dropout. int64 [B]: each row has its own.
 
     Returns:
         int64 [B, num_words].
     """
-    key = _mix_int(_mix_int(_mix_int(seed) ^ (stream * _GOLDEN)) ^ (substream * _GOLDEN))
-    keys = _mix(positions * _signed(_GOLDEN) ^ _signed(key))
+    keys = _mix(positions * _signed(_GOLDEN) ^ _key(seed, stream, substream))
     counters = torch.arange(1, num_words + 1, device=positions.device, dtype=torch.int64) * _signed(_GOLDEN)
     return _mix(keys[:, None] + counters)
 
 
-def uniform(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, substream: int = 0) -> Tensor:
+def uniform(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, substream: int | Tensor = 0) -> Tensor:
     """Uniform fp32 in [0, 1), shape [B, *shape], with 24 random bits each."""
     count = math.prod(shape)
     halves = random_bits(seed, stream, positions, (count + 1) // 2, substream=substream).view(torch.int32)
@@ -60,7 +59,7 @@ def uniform(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, 
     return values[:, :count].reshape(len(positions), *shape)
 
 
-def normal(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, substream: int = 0) -> Tensor:
+def normal(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, substream: int | Tensor = 0) -> Tensor:
     """Standard normal fp32, shape [B, *shape], by Box-Muller on 32-bit uniforms (tails to 6.6 sigma)."""
     count = math.prod(shape)
     words = random_bits(seed, stream, positions, (count + 1) // 2, substream=substream)
@@ -77,6 +76,14 @@ def keep_mask(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *
     lanes = random_bits(seed, stream, positions, (count + 3) // 4, substream=substream).view(torch.int16)
     threshold = round(drop_probability * 2**16) - 2**15
     return (lanes[:, :count] >= threshold).reshape(len(positions), *shape)
+
+
+def _key(seed: int, stream: int, substream: int | Tensor) -> int | Tensor:
+    """The 64 bits that all positions of a substream share; for a tensor of substreams, one word each and the same bits."""
+    stream_key = _mix_int(_mix_int(seed) ^ (stream * _GOLDEN))
+    if isinstance(substream, int):
+        return _signed(_mix_int(stream_key ^ (substream * _GOLDEN)))
+    return _mix((substream * _signed(_GOLDEN) ^ _signed(stream_key)) + _signed(_GOLDEN))
 
 
 def _signed(value: int) -> int:

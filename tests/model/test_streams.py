@@ -63,3 +63,15 @@ def test_keep_mask_drops_the_stated_share(probability):
     keep = streams.keep_mask(0, Stream.DROPOUT, POSITIONS, (33,), drop_probability=probability)
     assert keep.shape == (4000, 33)
     assert abs((~keep).double().mean() - probability) < 5 * math.sqrt(probability * (1 - probability) / keep.numel()) + 2**-16
+
+
+def test_a_substream_of_each_row_gives_the_bits_of_that_substream():
+    substreams = [0, 1, 17, (39 << 32) | (255 << 4) | 3, 2**62 + 5]
+    rows = torch.tensor(substreams)
+    positions = torch.tensor([5, 0, 9, 2**40, 5])
+    for draw in (streams.random_bits, streams.uniform, streams.normal):
+        shape = 3 if draw is streams.random_bits else (3, 5)
+        for seed in (0, 2**63 + 11):
+            together = draw(seed, Stream.SAMPLING, positions, shape, substream=rows)
+            alone = [draw(seed, Stream.SAMPLING, positions[i : i + 1], shape, substream=s) for i, s in enumerate(substreams)]
+            assert torch.equal(together, torch.cat(alone))
