@@ -155,7 +155,7 @@ def _start_deepspeed(
             dynamic_shape=any(specs[bound - 1].in_flow for bound in bounds[1:-1]),
             tensor_group=layout.tensor_group,
         )
-        optimizer = build_optimizer(stage, config.optimizer, layout.device)
+        optimizer = build_optimizer(stage, config.optimizer, layout.device, config.kernels.optimizer)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.timers = NoopTimer()  # the default one keeps an event per step for ever
         _spare_copies(engine, layout)

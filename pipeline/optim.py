@@ -1,32 +1,96 @@
-"""AdamW in two groups, weight decay on and off (spec 1.9), and the moving average of its fp32 masters."""
+"""AdamW in two groups, weight decay on and off (spec 1.9), whoever computes it; and the moving average of its fp32 masters.
+
+| kernels.optimizer | computes | where it keeps the number of updates |
+|---|---|---|
+| torch | torch.optim.AdamW(fused=True), CPU and CUDA | a tensor in each parameter's state |
+| apex | apex.optimizers.FusedAdam, CUDA | an integer in each group |
+| deepspeed | deepspeed.ops.adam.FusedAdam, CUDA | an integer in each parameter's state |
+
+All three keep fp32 `exp_avg` and `exp_avg_sq` per parameter, so that a run saved under one continues under another.
+"""
+
+import importlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model import init
+from model.kernels.dispatch import choose
 from pipeline.config import OptimizerConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch's AdamW over the parameters of `module`, whose names are global ones.
 
-    torch multiplies weight decay by the learning rate, so the reference's 1e-4 at learning rate 1e-3 is 0.1 here.
+def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device, implementation: str = "auto") -> torch.optim.Optimizer:
+    """AdamW over the parameters of `module`, whose names are global ones.
+
+    All implementations multiply weight decay by the learning rate, so the reference's 1e-4 at learning rate 1e-3 is 0.1 here.
+
+    Args:
+        device: where the masters are.
+        implementation: `kernels.optimizer`.
+
+    Raises:
+        UserError: the implementation cannot run there.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         (decayed if init.decays(name) else plain).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    chosen = choose("optimizer", implementation, device, torch.float32)
+    if chosen == "torch":
+        return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **options)
+    # Not imported above: both are optional, and DeepSpeed reads DS_ACCELERATOR at its first import.
+    fused = importlib.import_module({"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}[chosen])
+    optimizer: torch.optim.Optimizer = fused.FusedAdam(groups, adam_w_mode=True, **options)
+    return optimizer
+
+
+def create_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """What AdamW makes at its first step, made now: a checkpoint can be written before, and loaded without, a step."""
+    supplier = _supplier(optimizer)
+    for group in optimizer.param_groups:
+        if supplier == "apex":
+            group.setdefault("step", 0)
+        for master in group["params"]:
+            state = optimizer.state[master]
+            if state:
+                continue
+            if supplier != "apex":
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if supplier == "torch" else 0
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
+
+
+def get_adam_step(optimizer: torch.optim.Optimizer) -> int:
+    """Updates made so far."""
+    if not optimizer.param_groups:
+        return 0
+    group = optimizer.param_groups[0]
+    return int((group if _supplier(optimizer) == "apex" else optimizer.state[group["params"][0]])["step"])
+
+
+def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Makes the next update number `step` + 1; bias correction depends on it."""
+    for group in optimizer.param_groups:
+        holders = [group] if _supplier(optimizer) == "apex" else [optimizer.state[master] for master in group["params"]]
+        for holder in holders:
+            if isinstance(holder.get("step"), Tensor):
+                holder["step"].fill_(step)
+            else:
+                holder["step"] = step
+
+
+def _supplier(optimizer: torch.optim.Optimizer) -> str:
+    """The package that an optimiser comes from."""
+    return type(optimizer).__module__.partition(".")[0]
 
 
 class WeightAverage:

@@ -6,6 +6,7 @@
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 from configs.errors import UserError
 
 HALF_OR_SINGLE = (torch.bfloat16, torch.float32)
+_INTERPRETED = "TRITON_INTERPRET=1 runs it in the interpreter, which is for tests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,14 @@ def choose(operation: str, requested: str, device: torch.device, dtype: torch.dt
 
 
 def explain(device_type: str, dtype: torch.dtype) -> list[Choice]:
-    """What `auto` takes for every operation on a device, with what stood in the way of the ones before it."""
+    """What `auto` takes for every operation of a run on a device, with what stood in the way of the ones before it.
+
+    Args:
+        dtype: of the run's parameters (`parallel.precision`); an operation that is fp32 in every run is judged as such.
+    """
     choices = []
     for operation, implementations in OPERATIONS.items():
-        where = Where(device_type, dtype)
+        where = Where(device_type, torch.float32 if operation in ALWAYS_FP32 else dtype)
         passed_over: list[str] = []
         for implementation in implementations:
             obstacle = implementation.obstacle(where)
@@ -81,15 +87,16 @@ def _choose(operation: str, requested: str, device_type: str, dtype: torch.dtype
     implementations = OPERATIONS[operation]
     if requested == "auto":
         return next(one.name for one in implementations if not one.obstacle(Where(device_type, dtype)))
+    where = Where(device_type, dtype, forced=True)
     for one in implementations:
         if one.name == requested:
-            obstacle = one.obstacle(Where(device_type, dtype, forced=True))
+            obstacle = one.obstacle(where)
             if obstacle:
                 raise UserError(
                     f"kernels.{operation}={requested} cannot run here",
-                    got=f"{obstacle} (device {device_type}, {str(dtype).removeprefix('torch.')})",
-                    expected="an implementation that this machine offers",
-                    fix=f"set kernels.{operation}=auto; `jetway doctor` lists what runs here and why",
+                    got=f"{obstacle} (device {device_type}, {_name(dtype)})",
+                    expected=f"one of auto, {', '.join(other.name for other in implementations if not other.obstacle(where))}",
+                    fix=f"set kernels.{operation}=auto; `jetway doctor` shows what runs here and why",
                 )
             return requested
     raise UserError(
@@ -104,39 +111,68 @@ def _nothing(where: Where) -> str:
 def _triton(where: Where) -> str:
     """Triton kernels of ours: fp32 and bf16 on CUDA, or in the interpreter where somebody asks for it."""
     if where.dtype not in HALF_OR_SINGLE:
-        return f"the kernel takes bf16 and fp32, not {str(where.dtype).removeprefix('torch.')}"
+        return f"the kernel takes bf16 and fp32, not {_name(where.dtype)}"
     if not has_triton():
         return "Triton is not installed"
+    if is_interpreting():  # on a GPU too: it would copy every tensor to the host and back
+        return "" if where.forced else _INTERPRETED
     if where.device_type == "cuda":
         return ""
-    if not is_interpreting():
-        return f"Triton does not compile for {where.device_type} (TRITON_INTERPRET=1 runs it there, slowly)"
-    return "" if where.forced else "Triton's interpreter is for tests"
+    return f"Triton does not compile for {where.device_type}" + (" (TRITON_INTERPRET=1 runs it there, slowly)" if where.forced else "")
 
 
 def _triton_gather(where: Where) -> str:
     """The flow's kernel: fp32 only, and it permutes in registers."""
     if where.dtype != torch.float32:
-        return f"the kernel takes fp32, not {str(where.dtype).removeprefix('torch.')}"
+        return f"the kernel takes fp32, not {_name(where.dtype)}"
     obstacle = _triton(where)
     if not obstacle and not hasattr(importlib.import_module("triton.language"), "gather"):
         return "Triton has no tl.gather before 3.3"
     return obstacle
 
 
-def _apex(symbol: str) -> Callable[[Where], str]:
+def _apex(*symbols: str) -> Callable[[Where], str]:
+    """NVIDIA's apex with the extensions named: its Python part imports without them, and fails at the first call."""
+
     def obstacle(where: Where) -> str:
         if where.device_type != "cuda":
             return "apex runs on CUDA only"
-        return "" if find_symbol(symbol) is not None else f"{symbol} is not importable"
+        missing = [symbol for symbol in symbols if find_symbol(symbol) is None]
+        return f"no {' and no '.join(missing)} (NVIDIA's apex, built with its CUDA extensions, has it)" if missing else ""
 
     return obstacle
+
+
+def _fused_accumulation(where: Where) -> str:
+    """Megatron-core calls apex's product where weights are bf16 and their gradients are summed in fp32."""
+    if where.dtype != torch.bfloat16:
+        return f"only a bf16 run has an fp32 accumulator beside its weights, not one in {_name(where.dtype)}"
+    return _apex("fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32")(where)
+
+
+def _deepspeed(where: Where) -> str:
+    """DeepSpeed's FusedAdam. Its CPU optimiser is compiled at the first start; torch's fused one needs no compiler and does the same."""
+    if where.device_type != "cuda":
+        return "DeepSpeed's FusedAdam runs on CUDA only"
+    if find_symbol("deepspeed.ops.adam.FusedAdam") is None:
+        return "deepspeed.ops.adam.FusedAdam is not importable"
+    prebuilt = find_symbol("deepspeed.git_version_info.installed_ops")
+    if isinstance(prebuilt, dict) and prebuilt.get("fused_adam"):
+        return ""
+    can_build = find_symbol("torch.utils.cpp_extension.CUDA_HOME") is not None and shutil.which("ninja") is not None
+    return "" if can_build else "DeepSpeed compiles it at the first start, and there is no CUDA toolkit or no ninja here"
 
 
 def _liger(where: Where) -> str:
     if where.device_type != "cuda":
         return "Liger's kernels run on GPUs only"
-    return "" if find_symbol("liger_kernel.ops.geglu.LigerGELUMulFunction") is not None else "liger-kernel is not installed"
+    if find_symbol("liger_kernel.ops.geglu.LigerGELUMulFunction") is None:
+        return "liger-kernel is not installed"
+    return _INTERPRETED if is_interpreting() and not where.forced else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @cache
@@ -163,6 +199,8 @@ def find_symbol(path: str) -> object | None:
         return None
 
 
+_APEX_NORM = _apex("apex.normalization.fused_layer_norm.FusedRMSNormAffineMixedDtypesFunction", "fused_layer_norm_cuda.rms_forward_affine")
+
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "gmm_nll": (
         Implementation("triton", "three matrix products and two fused passes per chunk; gradients in the forward pass", _triton),
@@ -179,7 +217,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "rms_norm": (
         Implementation("triton", "residual, dropout and norm in one pass", _triton),
-        Implementation("apex", "fused norm", _apex("apex.normalization.fused_layer_norm.FusedRMSNormAffineMixedDtypesFunction")),
+        Implementation("apex", "fused norm", _APEX_NORM),
         Implementation("reference", "plain torch", _nothing),
     ),
     "rope": (
@@ -196,8 +234,16 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("reference", "plain torch", _nothing),
     ),
     "optimizer": (
-        Implementation("apex", "one multi-tensor kernel", _apex("apex.optimizers.FusedAdam")),
-        Implementation("torch", "torch's fused AdamW", _nothing),
+        Implementation("apex", "one multi-tensor kernel", _apex("apex.optimizers.FusedAdam", "amp_C.multi_tensor_adam")),
+        Implementation("torch", "torch's fused AdamW, one kernel per group", _nothing),
+        Implementation("deepspeed", "one multi-tensor kernel, compiled at the first start", _deepspeed),
+    ),
+    "gradient_accumulation_fusion": (
+        Implementation("on", "weight gradients of tensor-parallel linears are added in fp32 inside the matrix product", _fused_accumulation),
+        Implementation("off", "weight gradients are rounded to bf16 before they are added up in fp32", _nothing),
     ),
 }
 """Operation -> implementations, the one that `auto` prefers first."""
+
+ALWAYS_FP32 = frozenset({"affine_coupling", "optimizer"})
+"""Operations on fp32 tensors in a bf16 run too: the flow's affine map (spec 1.3) and the masters of the weights."""

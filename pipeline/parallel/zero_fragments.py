@@ -5,7 +5,7 @@ master) with its two moments. `param._hp_mapping` says which part of a parameter
 The checkpoint stores such parts with their place in the global tensor, so any layout reads any other's.
 """
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,8 @@ from model.parallel import global_shape, shard_of
 from pipeline.checkpoint.format import Fragment
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.weights import EMA, load_buffers, persistent_buffers
-from pipeline.optim import WeightAverage
+from pipeline.optim import MOMENTS, WeightAverage, create_adam_state, get_adam_step, set_adam_step
 from pipeline.parallel.layout import Layout
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +51,17 @@ class ZeroState:
             average_decay: keep a moving average of the weights with this decay.
         """
         self._module, self._optimizer, self._layout = module, optimizer, layout
-        base = optimizer.optimizer
-        self._masters: list[Tensor] = [group["params"][0] for group in base.param_groups]
-        for master in self._masters:
-            _create_adam_state(base.state, master)
-        self._states: list[dict[str, Tensor]] = [base.state[master] for master in self._masters]
+        self._adam: torch.optim.Optimizer = optimizer.optimizer
+        self._masters: list[Tensor] = [group["params"][0] for group in self._adam.param_groups]
+        create_adam_state(self._adam)
+        self._states: list[dict[str, Tensor]] = [self._adam.state[master] for master in self._masters]
         self.average = WeightAverage(self._masters, average_decay) if average_decay is not None else None
         self._owned = list(self._find_owned())
 
     @property
     def adam_step(self) -> int:
         """Updates that Adam has made."""
-        return int(self._states[0]["step"].item()) if self._states else 0
+        return get_adam_step(self._adam)
 
     def fragments(self) -> list[Fragment]:
         """Everything of this rank that a checkpoint must hold, without copies: the caller writes before it trains on."""
@@ -104,8 +101,7 @@ class ZeroState:
         for owned in self._owned:
             self._load_owned(owned, reader, absent)
         if adam_step is not None:
-            for state in self._states:
-                state["step"].fill_(adam_step)
+            set_adam_step(self._adam, adam_step)
         load_buffers(self._module, reader)
         if self.average is not None and not has_average:
             self.average.restart()
@@ -143,12 +139,3 @@ class ZeroState:
                 flat_start=mapping.lp_fragment_address.start,
                 numel=place.numel,
             )
-
-
-def _create_adam_state(states: Mapping[Tensor, dict[str, Tensor]], master: Tensor) -> None:
-    """What AdamW makes at its first step, made now: a checkpoint can be written before, and loaded without, a step."""
-    state = states[master]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-        for moment in MOMENTS:
-            state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
