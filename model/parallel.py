@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.kernels.collectives import copy_to_group, logsumexp_over_group, sum_over_group
+
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
@@ -113,17 +115,17 @@ def sharded_parameter(shape: Sequence[int], tp: TensorParallel) -> nn.Parameter:
 
 def copy_to_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
     """Identity forward, gradients summed over the ranks: before a computation that each rank does a share of."""
-    return x if tp.size == 1 else _CopyToRanks.apply(x, tp)
+    return copy_to_group(x, tp.group)
 
 
 def sum_over_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum over the ranks forward, identity backward."""
-    return x if tp.size == 1 else _SumOverRanks.apply(x, tp)
+    return sum_over_group(x, tp.group)
 
 
 def logsumexp_over_ranks(x: Tensor, tp: TensorParallel) -> Tensor:
     """log(sum over ranks of exp(x)), elementwise and stable: all-reduces one maximum and one sum of the size of x."""
-    return x if tp.size == 1 else _LogSumExpOverRanks.apply(x, tp)
+    return logsumexp_over_group(x, tp.group)
 
 
 def gather_rows(x: Tensor, index: Tensor, max_rows: int, tp: TensorParallel) -> Tensor:
@@ -140,48 +142,6 @@ def gather_rows(x: Tensor, index: Tensor, max_rows: int, tp: TensorParallel) -> 
     if tp.size == 1:
         return x.index_select(0, index)
     return _GatherRows.apply(x, index, max_rows, tp)
-
-
-class _CopyToRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.tp.group)
-        return grad, None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=tp.group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _LogSumExpOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        peak = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=tp.group)
-        total = torch.exp(x - peak)
-        dist.all_reduce(total, group=tp.group)
-        result = peak + torch.log(total)
-        ctx.save_for_backward(x, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, result = ctx.saved_tensors
-        return grad * torch.exp(x - result), None
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,38 +1,113 @@
-"""The mixture head's likelihood with bounded memory: token chunks, each recomputed in the backward pass.
+"""Log-likelihood of soft tokens under a Gaussian mixture whose parameters are a linear function of hidden states.
 
-At K=1024, d=128 the head emits 263,168 numbers per token (spec 1.14); kept for the backward pass they are 0.4 GB per image.
+At K=1024, d=128 the head emits 263,168 numbers per token (spec 1.14); kept for the backward pass they are 0.4 GB per image. Here
+at most a chunk of them exists at a time. Letters: N tokens, D width, K mixtures (of this rank), d channels.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from model.kernels.collectives import copy_to_group, logsumexp_over_group
+from model.kernels.dispatch import choose
+from model.kernels.gmm_nll.autograd import TokenNll, WeightedLoss
+from model.kernels.gmm_nll.one_pass import Passes
 from model.kernels.gmm_nll.reference import HeadWeights, linear_gmm_logsumexp_reference, positive_scale
+from model.kernels.gmm_nll.torch_passes import TorchPasses
 
-MAX_CHUNK_BYTES = 256 * 2**20
-"""fp32 head outputs held at once; several intermediates of this size live together."""
+WORKSPACE_BYTES = 2**30
+"""Outputs of the head held at once."""
 
 
-def linear_gmm_logsumexp(hidden: Tensor, soft: Tensor, weights: HeadWeights, *, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> tuple[Tensor, Tensor]:
-    """logsumexp_k(logit_k + log N_k(soft)) and logsumexp_k(logit_k).
+def linear_gmm_nll(
+    hidden: Tensor, soft: Tensor, weights: HeadWeights, *, group: Any = None, impl: str = "auto", workspace_bytes: int = WORKSPACE_BYTES
+) -> Tensor:
+    """-log p(soft) of every token; its gradient may differ from token to token, so the backward pass computes the head again.
 
     Args:
-        hidden: [N, D]; soft: fp32 [N, d]; weights: see `HeadWeights`.
-        max_chunk_bytes: tokens are processed in chunks whose head outputs fit this; one chunk is not recomputed.
+        hidden: [N, D], bf16, fp32 or fp64; computed in the dtype of the weights.
+        soft: [N, d], fp32 (fp64 with fp64 weights).
+        weights: see `HeadWeights`; K is this rank's share of the mixtures.
+        group: process group over which the mixtures are split; hidden and soft are the same on its ranks. The result and the
+            gradients of hidden and soft are then whole on every rank: two all-reduces of [2, N] and one of each gradient.
+        impl: `auto`, `triton`, `torch` or `reference` (model.kernels.config).
+        workspace_bytes: for the head outputs of one chunk of tokens.
 
     Returns:
-        fp32 [N] twice; differentiable in hidden, soft and all weights.
+        fp32 nats [N]; differentiable in hidden, soft and all weights.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        UserError: `impl` cannot run here.
     """
-    num_tokens, bytes_per_token = len(hidden), 4 * weights[2][:, :, :, 0].numel()
-    chunk = max(1, max_chunk_bytes // bytes_per_token)
-    if num_tokens <= chunk:
-        return linear_gmm_logsumexp_reference(hidden, soft, weights)
-    parts = [
-        checkpoint(linear_gmm_logsumexp_reference, hidden[i : i + chunk], soft[i : i + chunk], weights, use_reentrant=False, preserve_rng_state=False)
-        for i in range(0, num_tokens, chunk)
-    ]
-    joint, logits = zip(*parts, strict=True)
-    return torch.cat(joint), torch.cat(logits)
+    hidden, soft = _checked(hidden, soft, weights)
+    chosen = choose("gmm_nll", impl, hidden.device, hidden.dtype)
+    if chosen == "reference":
+        return _reference_nll(hidden, soft, weights, group)
+    return TokenNll.apply(hidden, soft, *weights, _passes(chosen), group, workspace_bytes)
 
 
-__all__ = ["linear_gmm_logsumexp", "positive_scale"]
+def linear_gmm_nll_loss(
+    hidden: Tensor,
+    soft: Tensor,
+    weights: HeadWeights,
+    token_weight: Tensor,
+    *,
+    group: Any = None,
+    impl: str = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """sum_n token_weight_n * -log p(soft_n): the loss of training, with gradients computed in the forward pass.
+
+    Args:
+        token_weight: [N], constants; tokens of weight 0 count nothing, even where their likelihood is not finite.
+        Others as `linear_gmm_nll`.
+
+    Returns:
+        (loss, scalar, differentiable in hidden, soft and all weights, once; nll, fp32 [N], not differentiable).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or token_weight asks for a gradient.
+        UserError: `impl` cannot run here.
+    """
+    hidden, soft = _checked(hidden, soft, weights)
+    if token_weight.shape != hidden.shape[:1] or token_weight.requires_grad:
+        raise ValueError(f"token_weight must be [{len(hidden)}] constants, got {list(token_weight.shape)}, requires_grad={token_weight.requires_grad}")
+    chosen = choose("gmm_nll", impl, hidden.device, hidden.dtype)
+    if chosen == "reference":
+        nll = _reference_nll(hidden, soft, weights, group)
+        return torch.where(token_weight == 0, 0, nll * token_weight).sum(), nll.detach()
+    token_weight = token_weight.to(soft.dtype)
+    return WeightedLoss.apply(hidden, soft, *weights, token_weight, _passes(chosen), group, workspace_bytes, torch.is_grad_enabled())
+
+
+def _passes(impl: str) -> Passes:
+    if impl == "torch":
+        return TorchPasses()
+    from model.kernels.gmm_nll.triton_passes import TritonPasses
+
+    return TritonPasses()
+
+
+def _reference_nll(hidden: Tensor, soft: Tensor, weights: HeadWeights, group: Any) -> Tensor:
+    """Everything at once, by autograd."""
+    joint, logits = linear_gmm_logsumexp_reference(copy_to_group(hidden, group), copy_to_group(soft, group), weights)
+    return logsumexp_over_group(logits, group) - logsumexp_over_group(joint, group)
+
+
+def _checked(hidden: Tensor, soft: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
+    """hidden in the dtype of the weights, soft in that of the sums."""
+    logit_weight, logit_bias, component_weight, component_bias = weights
+    mixtures, _, soft_dim, width = component_weight.shape
+    expected = ((mixtures, width), (mixtures,), (mixtures, 2, soft_dim, width), (mixtures, 2, soft_dim))
+    found = tuple(tuple(weight.shape) for weight in weights)
+    if found != expected:
+        raise ValueError(f"head weights must be [K, D], [K], [K, 2, d, D] and [K, 2, d], got {found}")
+    if hidden.dim() != 2 or soft.dim() != 2 or hidden.shape[1] != width or soft.shape[1] != soft_dim or len(hidden) != len(soft):
+        raise ValueError(f"hidden must be [N, {width}] and soft [N, {soft_dim}], got {list(hidden.shape)} and {list(soft.shape)}")
+    dtype = component_weight.dtype
+    return hidden.to(dtype), soft.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+__all__ = ["WORKSPACE_BYTES", "HeadWeights", "linear_gmm_nll", "linear_gmm_nll_loss", "positive_scale"]

@@ -1,0 +1,175 @@
+"""The two elementwise passes as Triton kernels, memory-bound: the head's outputs are read twice and overwritten once.
+
+Letters: c tokens of a chunk, K mixtures, d channels. A program handles a block of mixtures for a block of tokens, one token after the
+other, so that its loads are whole contiguous runs of [BLOCK_K, 2, d] and the sums over tokens stay in registers. No atomics: partial
+sums go to memory of their own and are added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.kernels.gmm_nll.reference import HALF_LOG_2PI, MIN_SCALE
+
+MAX_INVERSE_SCALE = tl.constexpr(1 / MIN_SCALE)
+MIN_LOG_SCALE = tl.constexpr(-13.815510557964274)  # ln 1e-6
+HUGE = tl.constexpr(1e9)
+"""Above it r^2 + 4 = r^2 in fp32, and r^2 might overflow."""
+TILE = 2048
+"""Elements of one tile of means: 16 per thread of four warps."""
+TOKENS_PER_PROGRAM = 64
+"""Of the gradient pass: 1/64 of the memory of its outputs goes to partial sums of the bias gradient."""
+LOOKAHEAD_TOKENS = 8
+"""Tokens per program of the likelihood pass, which sums over none."""
+
+
+@triton.jit
+def _split_scale(raw):
+    """Of the raw scale r: (1 / scale, log scale, d log scale / d r), the scale being square-plus with its floor. README.md, section 1."""
+    size = tl.abs(raw)
+    root = tl.where(size < HUGE, tl.sqrt(size * size + 4.0), size)
+    half_sum = 0.5 * (size + root)  # e^|log scale|, at least 1
+    magnitude = tl.log(half_sum)
+    log_scale = tl.where(raw < 0, -magnitude, magnitude)
+    inverse = tl.minimum(tl.where(raw < 0, half_sum, 1.0 / half_sum), MAX_INVERSE_SCALE)
+    slope = tl.where(log_scale < MIN_LOG_SCALE, 0.0, 1.0 / root)
+    return inverse, tl.maximum(log_scale, MIN_LOG_SCALE), slope
+
+
+@triton.jit
+def gmm_log_joint_kernel(
+    RAW,  # [c, K, 2, d], contiguous
+    LOGITS,  # fp32 [c, K]
+    SOFT,  # fp32 [c, d]
+    LOG_JOINT,  # fp32 [c, K]
+    num_tokens,
+    num_mixtures,
+    soft_dim,
+    constant,  # d/2 ln 2 pi
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """LOG_JOINT = logit_k - sum_j (z^2 / 2 + log scale) - constant, with z = (soft - mean) / scale."""
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = tl.arange(0, BLOCK_D)
+    is_mixture = k < num_mixtures
+    inside = is_mixture[:, None] & (j < soft_dim)[None, :]
+    first = tl.program_id(0) * TOKENS
+    for offset in range(0, tl.minimum(TOKENS, num_tokens - first)):
+        n = (first + offset).to(tl.int64)
+        entry = n * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
+        loc = tl.load(RAW + entry, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_K, BLOCK_D]
+        raw = tl.load(RAW + entry + soft_dim, mask=inside, other=0.0).to(tl.float32)
+        soft = tl.load(SOFT + n * soft_dim + j, mask=j < soft_dim, other=0.0)
+        logit = tl.load(LOGITS + n * num_mixtures + k, mask=is_mixture, other=0.0)
+        inverse, log_scale, _ = _split_scale(raw)
+        z = (soft[None, :] - loc) * inverse
+        exponent = tl.sum(tl.where(inside, 0.5 * z * z + log_scale, 0.0), axis=1)  # [BLOCK_K]
+        tl.store(LOG_JOINT + n * num_mixtures + k, logit - exponent - constant, mask=is_mixture)
+
+
+@triton.jit
+def gmm_gradient_kernel(
+    RAW,  # [c, K, 2, d], contiguous; overwritten with its gradient
+    LOG_JOINT,  # fp32 [c, K]
+    JOINT,  # fp32 [c]
+    WEIGHT,  # fp32 [c]
+    SOFT,  # fp32 [c, d]
+    D_SOFT,  # fp32 [blocks of mixtures, c, d], partial sums over mixtures
+    D_BIAS,  # fp32 [blocks of tokens, K, 2, d], partial sums over tokens
+    num_tokens,
+    num_mixtures,
+    soft_dim,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """d mean = -q z / scale, d raw = -q (z^2 - 1) / sqrt(r^2 + 4), d soft = sum_k q z / scale, with q = weight exp(log joint - joint)."""
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = tl.arange(0, BLOCK_D)
+    is_mixture = k < num_mixtures
+    is_channel = j < soft_dim
+    inside = is_mixture[:, None] & is_channel[None, :]
+    bias_loc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    bias_raw = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    first = tl.program_id(0) * TOKENS
+    for offset in range(0, tl.minimum(TOKENS, num_tokens - first)):
+        n = (first + offset).to(tl.int64)
+        entry = n * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
+        loc = tl.load(RAW + entry, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_K, BLOCK_D]
+        raw = tl.load(RAW + entry + soft_dim, mask=inside, other=0.0).to(tl.float32)
+        soft = tl.load(SOFT + n * soft_dim + j, mask=is_channel, other=0.0)
+        log_joint = tl.load(LOG_JOINT + n * num_mixtures + k, mask=is_mixture, other=0.0)
+        joint = tl.load(JOINT + n)
+        weight = tl.load(WEIGHT + n)
+        share = tl.where(is_mixture, weight * tl.exp(log_joint - joint), 0.0)[:, None]  # q, [BLOCK_K, 1]
+        inverse, _, slope = _split_scale(raw)
+        z = (soft[None, :] - loc) * inverse
+        d_loc = tl.where(inside, -share * (z * inverse), 0.0)
+        d_raw = tl.where(inside, -share * ((z * z - 1.0) * slope), 0.0)
+        tl.store(RAW + entry, d_loc.to(RAW.dtype.element_ty), mask=inside)
+        tl.store(RAW + entry + soft_dim, d_raw.to(RAW.dtype.element_ty), mask=inside)
+        bias_loc += d_loc
+        bias_raw += d_raw
+        place = (tl.program_id(1).to(tl.int64) * num_tokens + n) * soft_dim + j
+        tl.store(D_SOFT + place, -tl.sum(d_loc, axis=0), mask=is_channel)
+    entry = tl.program_id(0).to(tl.int64) * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
+    tl.store(D_BIAS + entry, bias_loc, mask=inside)
+    tl.store(D_BIAS + entry + soft_dim, bias_raw, mask=inside)
+
+
+def block_sizes(num_mixtures: int, soft_dim: int) -> tuple[int, int]:
+    """(BLOCK_K, BLOCK_D): all channels, and mixtures to fill a tile."""
+    block_d = triton.next_power_of_2(soft_dim)
+    return min(triton.next_power_of_2(num_mixtures), max(1, TILE // block_d)), block_d
+
+
+def launch_log_joint(raw: Tensor, logits: Tensor, soft: Tensor) -> Tensor:
+    """logit_k + log N_k(soft), fp32 [c, K]: raw contiguous [c, K, 2, d], logits fp32 [c, K], soft fp32 [c, d]."""
+    num_tokens, num_mixtures, _, soft_dim = raw.shape
+    block_k, block_d = block_sizes(num_mixtures, soft_dim)
+    log_joint = torch.empty(num_tokens, num_mixtures, dtype=torch.float32, device=raw.device)
+    grid = (triton.cdiv(num_tokens, LOOKAHEAD_TOKENS), triton.cdiv(num_mixtures, block_k))
+    gmm_log_joint_kernel[grid](
+        raw,
+        logits,
+        soft,
+        log_joint,
+        num_tokens,
+        num_mixtures,
+        soft_dim,
+        soft_dim * HALF_LOG_2PI,
+        TOKENS=LOOKAHEAD_TOKENS,
+        BLOCK_K=block_k,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return log_joint
+
+
+def launch_gradient(raw: Tensor, log_joint: Tensor, joint: Tensor, weight: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites raw with its gradient; returns those of soft, fp32 [c, d], and of the bias, fp32 [K, 2, d]."""
+    num_tokens, num_mixtures, _, soft_dim = raw.shape
+    block_k, block_d = block_sizes(num_mixtures, soft_dim)
+    grid = (triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), triton.cdiv(num_mixtures, block_k))
+    d_soft = torch.empty(grid[1], num_tokens, soft_dim, dtype=torch.float32, device=raw.device)
+    d_bias = torch.empty(grid[0], num_mixtures, 2, soft_dim, dtype=torch.float32, device=raw.device)
+    gmm_gradient_kernel[grid](
+        raw,
+        log_joint,
+        joint,
+        weight,
+        soft,
+        d_soft,
+        d_bias,
+        num_tokens,
+        num_mixtures,
+        soft_dim,
+        TOKENS=TOKENS_PER_PROGRAM,
+        BLOCK_K=block_k,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return d_soft.sum(0), d_bias.sum(0)
