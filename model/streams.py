@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+from model.kernels.splitmix import GOLDEN, DropoutKey, mix, mix_int, random_words, shift_right, signed
+from model.kernels.splitmix import keep_mask as keep_mask_of_key
 
 
 class Stream(enum.IntEnum):
@@ -46,9 +45,7 @@ def random_bits(seed: int, stream: int, positions: Tensor, num_words: int, *, su
     Returns:
         int64 [B, num_words].
     """
-    keys = _mix(positions * _signed(_GOLDEN) ^ _key(seed, stream, substream))
-    counters = torch.arange(1, num_words + 1, device=positions.device, dtype=torch.int64) * _signed(_GOLDEN)
-    return _mix(keys[:, None] + counters)
+    return random_words(_keys(seed, stream, positions, substream), num_words)
 
 
 def uniform(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, substream: int | Tensor = 0) -> Tensor:
@@ -63,7 +60,7 @@ def normal(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, s
     """Standard normal fp32, shape [B, *shape], by Box-Muller on 32-bit uniforms (tails to 6.6 sigma)."""
     count = math.prod(shape)
     words = random_bits(seed, stream, positions, (count + 1) // 2, substream=substream)
-    radius_uniform = (_shift_right(words, 32).float() + 0.5) * 2.0**-32
+    radius_uniform = (shift_right(words, 32).float() + 0.5) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(radius_uniform))
     angle = (words & 0xFFFFFFFF).float() * (2.0 * math.pi * 2.0**-32)
     values = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
@@ -72,40 +69,17 @@ def normal(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, s
 
 def keep_mask(seed: int, stream: int, positions: Tensor, shape: Sequence[int], *, drop_probability: float, substream: int = 0) -> Tensor:
     """Bool [B, *shape], True with probability 1 - drop_probability rounded to 2**-16: four draws per word."""
-    count = math.prod(shape)
-    lanes = random_bits(seed, stream, positions, (count + 3) // 4, substream=substream).view(torch.int16)
-    threshold = round(drop_probability * 2**16) - 2**15
-    return (lanes[:, :count] >= threshold).reshape(len(positions), *shape)
+    return keep_mask_of_key(DropoutKey(_keys(seed, stream, positions, substream), drop_probability), shape)
 
 
-def _key(seed: int, stream: int, substream: int | Tensor) -> int | Tensor:
-    """The 64 bits that all positions of a substream share; for a tensor of substreams, one word each and the same bits."""
-    stream_key = _mix_int(_mix_int(seed) ^ (stream * _GOLDEN))
+def substream_keys(seed: int, stream: int, positions: Tensor, num_substreams: int) -> Tensor:
+    """int64 [num_substreams, B]: with row k as its keys, a `DropoutKey` draws the mask that `keep_mask` draws in substream k."""
+    return _keys(seed, stream, positions, torch.arange(num_substreams, device=positions.device)[:, None])
+
+
+def _keys(seed: int, stream: int, positions: Tensor, substream: int | Tensor) -> Tensor:
+    """One key per sample, int64 [B], or for a tensor of substreams the shape that it and the positions broadcast to."""
+    stream_key = mix_int(mix_int(seed) ^ (stream * GOLDEN))
     if isinstance(substream, int):
-        return _signed(_mix_int(stream_key ^ (substream * _GOLDEN)))
-    return _mix((substream * _signed(_GOLDEN) ^ _signed(stream_key)) + _signed(_GOLDEN))
-
-
-def _signed(value: int) -> int:
-    value &= _MASK64
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix_int(value: int) -> int:
-    """SplitMix64's finaliser on a Python integer."""
-    value = (value + _GOLDEN) & _MASK64
-    value = ((value ^ (value >> 30)) * _MULTIPLIERS[0]) & _MASK64
-    value = ((value ^ (value >> 27)) * _MULTIPLIERS[1]) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's `>>` on int64 copies the sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(values: Tensor) -> Tensor:
-    """SplitMix64's finaliser, elementwise."""
-    values = (values ^ _shift_right(values, 30)) * _signed(_MULTIPLIERS[0])
-    values = (values ^ _shift_right(values, 27)) * _signed(_MULTIPLIERS[1])
-    return values ^ _shift_right(values, 31)
+        return mix(positions * signed(GOLDEN) ^ signed(mix_int(stream_key ^ (substream * GOLDEN))))
+    return mix(positions * signed(GOLDEN) ^ mix((substream * signed(GOLDEN) ^ signed(stream_key)) + signed(GOLDEN)))
