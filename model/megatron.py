@@ -5,6 +5,7 @@ explicitly, so nothing here reads Megatron's global parallel state. The gradient
 group of linears by `copy_to_ranks`, not once per linear.
 """
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -21,7 +22,7 @@ def _config(tp_size: int) -> ModelParallelConfig:
         tensor_model_parallel_size=tp_size,
         use_cpu_initialization=True,
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # until there is an accumulator: `fuse_weight_gradients`
         params_dtype=torch.float32,
     )
 
@@ -64,3 +65,27 @@ class RowLinear(megatron_layers.RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """The whole output on every rank."""
         return super().forward(x.to(self.weight.dtype))[0]
+
+
+def fuse_weight_gradients(module: nn.Module, accumulators: Mapping[nn.Parameter, Tensor]) -> list[nn.Parameter]:
+    """From now on the backward pass of every tensor-parallel linear adds its weight gradient to an accumulator inside the product.
+
+    The gradient is then rounded once, in fp32, and never written by itself. Autograd sees none: `weight.grad` stays None and hooks on it
+    do not run, so whoever owns the accumulators must zero them, and count these weights among those that got a gradient.
+
+    Args:
+        module: searched for ColumnLinear and RowLinear.
+        accumulators: weight -> contiguous fp32 tensor of as many elements.
+
+    Returns:
+        The weights concerned.
+    """
+    fused = []
+    for layer in module.modules():
+        if isinstance(layer, (ColumnLinear, RowLinear)):
+            # Megatron's other convention, `weight.grad_added_to_main_grad`, makes a dummy gradient that the owner would add as well.
+            assert not hasattr(layer.weight, "grad_added_to_main_grad")
+            layer.weight.main_grad = accumulators[layer.weight].view(layer.weight.shape)
+            layer.gradient_accumulation_fusion = True
+            fused.append(layer.weight)
+    return fused

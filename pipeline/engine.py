@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from model import init
 from model.batch import Batch
+from model.kernels.dispatch import choose
 from model.layers import LayerSpec, layer_specs
 from pipeline.config import RunConfig
 from pipeline.optim import build_optimizer
@@ -155,12 +157,38 @@ def _start_deepspeed(
             dynamic_shape=any(specs[bound - 1].in_flow for bound in bounds[1:-1]),
             tensor_group=layout.tensor_group,
         )
+        is_fused = fuses_weight_gradients(config, layout)
         optimizer = build_optimizer(stage, config.optimizer, layout.device, config.kernels.optimizer)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.timers = NoopTimer()  # the default one keeps an event per step for ever
         _spare_copies(engine, layout)
+        if is_fused:
+            module.fuse_weight_gradients(engine.optimizer)
         assert_same_grid(layout, engine.grid)
     return engine
+
+
+def fuses_weight_gradients(config: RunConfig, layout: Layout) -> bool:
+    """Whether Megatron-core's linears add their weight gradients to the fp32 accumulator inside the matrix product.
+
+    Raises:
+        UserError: `kernels.gradient_accumulation_fusion=on` where that is impossible.
+    """
+    requested = config.kernels.gradient_accumulation_fusion
+    obstacle = ""
+    if layout.tensor == 1:
+        obstacle = "parallel.tensor=1: there are no Megatron-core linears"
+    elif config.kernels.compile != "off":
+        obstacle = f"kernels.compile={config.kernels.compile}: the compiler cannot see into the fused product"
+    if obstacle and requested == "on":
+        raise UserError(
+            "kernels.gradient_accumulation_fusion=on cannot run here",
+            got=obstacle,
+            expected="parallel.tensor of 2 or more, parallel.precision=bf16 and kernels.compile=off",
+            fix="set kernels.gradient_accumulation_fusion=auto",
+        )
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    return not obstacle and choose("gradient_accumulation_fusion", requested, layout.device, dtype) == "on"
 
 
 def _spare_copies(engine: Any, layout: Layout) -> None:

@@ -1,6 +1,6 @@
 """DeepSpeed's PipelineModule, told exactly one thing per stage: run this module. Imports DeepSpeed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,31 @@ class OneModulePerStage(PipelineModule):
     def __init__(self, layers: Sequence[Any], *, topology: Any, dynamic_shape: bool, tensor_group: Any) -> None:
         super().__init__(layers=list(layers), topology=topology, loss_fn=None, partition_method="uniform", dynamic_shape=dynamic_shape)
         self._tensor_group = tensor_group
+        self._mark_fused: Callable[[], None] | None = None
+
+    def fuse_weight_gradients(self, optimizer: Any) -> None:
+        """Makes Megatron-core's linears add their weight gradients straight to the fp32 accumulators of DeepSpeed's bf16 optimiser.
+
+        DeepSpeed zeroes the accumulators after each step, reduces them over the data-parallel ranks and clips them whole. What it
+        learns from a hook on `weight.grad` alone, which these weights never have, is which of them got a gradient.
+        """
+        from model.megatron import fuse_weight_gradients
+
+        places = {
+            weight: (group, index)
+            for group, weights in enumerate(optimizer.bf16_groups)
+            for index, weight in enumerate(weights)
+            if weight.requires_grad
+        }
+        gradients = optimizer.fp32_groups_gradients
+        accumulators = {weight: gradients[group][index] for weight, (group, index) in places.items()}
+        fused = [places[weight] for weight in fuse_weight_gradients(self, accumulators)]
+
+        def mark() -> None:
+            for group, index in fused:
+                optimizer.fp32_groups_has_gradients[group][index] = True
+
+        self._mark_fused = mark
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """DeepSpeed's hook for gradients to be summed before the data-parallel reduction.
@@ -39,6 +64,8 @@ class OneModulePerStage(PipelineModule):
         It would all-reduce the listed parameters one by one; the flow has thousands of small ones, so they are summed here
         in one bucket per dtype, and the list is empty.
         """
+        if self._mark_fused is not None:
+            self._mark_fused()
         if self._tensor_group is not None:
             _sum_gradients([p for p in self.parameters() if getattr(p, "partial_gradient", False)], self._tensor_group)
         return []
