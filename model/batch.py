@@ -4,6 +4,7 @@ Letters: B examples, T text slots, H and W pixels.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +68,17 @@ class Batch:
         return self.score_all or objective.loss_on_prefix
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
-        return dataclasses.replace(self, **moved)
+        """The same batch with every tensor on `device`; the host does not wait for copies from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked host memory, from which a GPU copies by itself. Needs CUDA."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
 
 def draw_text_first(objective: ObjectiveConfig, seed: int, positions: Tensor) -> Tensor:

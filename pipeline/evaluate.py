@@ -30,7 +30,7 @@ from pipeline.parallel.partition import cut_layers
 from pipeline.parallel.stage import PipelineStage
 from pipeline.scoring import Scorer, sum_over_world
 from pipeline.tracker import EVAL
-from pipeline.trained import TOKENIZER_FILE, run_folder
+from pipeline.trained import TOKENIZER_FILE, portable_kernels, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,10 @@ def summary_line(record: dict[str, Any]) -> str:
 
 
 def _run_config(source: Path | str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration stored in the checkpoint, on one process unless the overrides say otherwise."""
+    """The configuration stored in the checkpoint, on one process and with this machine's kernels unless the overrides say otherwise."""
     with open_checkpoint(source, verify=False) as reader:
-        values = to_dict(run_config_of(reader))
+        config = run_config_of(reader)
+    values = to_dict(dataclasses.replace(config, kernels=portable_kernels(config.kernels)))
     values["parallel"].update(tensor=1, pipeline=1, data=None, processes=1, recompute="none")
     values["device"] = "auto" if values["device"] == "cuda" else values["device"]
     return build_config(RunConfig, apply_overrides(values, overrides), source=f"the configuration stored in {source} with the overrides")

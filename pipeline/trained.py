@@ -10,6 +10,7 @@ import torch
 from configs.errors import UserError
 from model.config import JetFormerConfig
 from model.jetformer import JetFormer
+from model.kernels.config import KernelsConfig
 from pipeline.checkpoint.export import load_safetensors, read_safetensors_config
 from pipeline.checkpoint.folder import FOLDER, CheckpointFolder
 from pipeline.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -17,6 +18,7 @@ from pipeline.checkpoint.weights import load_weights, run_config_of
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.data.text import TextCodec, build_codec
+from pipeline.parallel.layout import set_matmul_precision
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class TrainedModel:
 def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto", verify: bool = True) -> TrainedModel:
     """Loads a run's newest good checkpoint, one checkpoint, or an exported `.safetensors` file. Not collective: any one process may call it.
 
+    Fused operations are chosen for this machine, whatever the run was forced to use on its own.
+
     Args:
         ema: take the moving average of the weights.
         device: `auto`, `cpu` or `cuda`.
@@ -56,12 +60,15 @@ def open_trained(path: Path | str, *, ema: bool = False, device: str = "auto", v
             raise UserError(
                 f"{path} holds one set of weights", got="--ema", fix="export the moving average from the checkpoint with `jetway export --ema`"
             )
+        config = _bare_config(model_config)
+        set_matmul_precision(target, tf32=config.kernels.tf32)
         model = JetFormer(model_config)
         load_safetensors(path, model)
-        return TrainedModel(model=model.eval().to(target), config=_bare_config(model_config), origin=str(path), folder=path.parent)
+        return TrainedModel(model=model.eval().to(target), config=config, origin=str(path), folder=path.parent)
     with open_checkpoint(path, alone=True, verify=verify) as reader:
         config = run_config_of(reader)
-        model = JetFormer(config.model)
+        set_matmul_precision(target, tf32=config.kernels.tf32)
+        model = JetFormer(config.model, kernels=portable_kernels(config.kernels))
         load_weights(reader, model, ema=ema, config=config.model)
         origin = f"step {reader.step} of {reader.path}{', moving average' if ema else ''}"
         return TrainedModel(model=model.eval().to(target), config=config, origin=origin, folder=run_folder(reader))
@@ -94,6 +101,11 @@ def is_exported(path: Path) -> bool:
 def run_folder(reader: CheckpointReader) -> Path:
     """Folder of the run that a checkpoint belongs to; the checkpoint's own if it was moved out of one."""
     return reader.path.parent.parent if reader.path.parent.name == FOLDER else reader.path
+
+
+def portable_kernels(kernels: KernelsConfig) -> KernelsConfig:
+    """A run's precision and memory; its implementations are for the machine it was trained on, and chosen anew on this one."""
+    return KernelsConfig(tf32=kernels.tf32, workspace_mib=kernels.workspace_mib)
 
 
 def choose_device(name: str) -> torch.device:

@@ -69,7 +69,8 @@ class Trainer:
         generation = config.data.generation if config.data.generation is not None or not resumes else state["data"]["generation"]
         self.dataset = open_dataset_together(layout, config.data.path, generation)
         rank, degree, first = layout.data_rank, layout.data, layout.is_first_stage
-        self.loader = together(layout, lambda: TrainLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first))
+        pins = layout.device.type == "cuda"
+        self.loader = together(layout, lambda: TrainLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first, pin_memory=pins))
         self.eval_loader = together(layout, lambda: EvalLoader(config, self.dataset, dp_rank=rank, dp_degree=degree, needs_image=first))
         self.engine = Engine(config, layout)
         self.scorer = Scorer(self.engine.stage, layout)

@@ -64,11 +64,13 @@ class TrainLoader:
         dp_degree: int = 1,
         needs_image: bool = True,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        pin_memory: bool = False,
     ) -> None:
         """
         Args:
             needs_image: this rank runs the flow; the others skip reading and decoding
             cache_bytes: a split whose decoded samples fit in this is kept in memory
+            pin_memory: the thread leaves batches in page-locked memory, for a GPU to copy while the host goes on
 
         Raises:
             UserError: the data set does not fit the model, or the split is unknown, empty, all taken down or half-written.
@@ -92,6 +94,7 @@ class TrainLoader:
         """Those among them that were longer than the text slots."""
         self._source = SampleSource(reader, self.codec, config.model.text, with_images=needs_image, cache_bytes=cache_bytes)
         self._dp_rank = dp_rank
+        self._pin_memory = pin_memory
         self._first_step = 0
         self._prefetcher: Prefetcher[_Prepared] | None = None
 
@@ -208,7 +211,8 @@ class TrainLoader:
             _flip(samples.images, self.config.seed, positions)
         noise = NoiseSettings(seed=self.config.seed, sigma=self._sigma(step), train=True)
         options = {"valid_text_fraction": self._valid_text_fraction(step)}
-        return _Prepared(_batch(self.config.model, positions, samples, noise, **options), int(samples.text.cut.sum()))
+        batch = _batch(self.config.model, positions, samples, noise, **options)
+        return _Prepared(batch.pin_memory() if self._pin_memory else batch, int(samples.text.cut.sum()))
 
     def _sigma(self, step: int) -> float:
         curriculum = self.config.curriculum

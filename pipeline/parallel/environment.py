@@ -3,6 +3,7 @@
 | variable | read from | meaning |
 |---|---|---|
 | RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT | torchrun | rank, world and rendezvous |
+| CUDA_VISIBLE_DEVICES | whoever starts the process | the GPUs that it is given |
 | SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_ID, SLURM_JOB_ID, SLURM_STEP_NODELIST | srun | the same, where RANK is absent |
 """
 
@@ -66,6 +67,11 @@ class ProcessEnvironment:
         os.environ["LOCAL_RANK"] = str(self.local_rank)
         if self.master_addr is not None:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = self.master_addr, str(self.master_port)
+
+
+def is_given_gpus(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether somebody chose which GPUs this process sees."""
+    return "CUDA_VISIBLE_DEVICES" in (os.environ if environ is None else environ)
 
 
 def _required(environ: Mapping[str, str], name: str) -> str:

@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 from model.parallel import TensorParallel
 from pipeline.config import RunConfig
-from pipeline.parallel.environment import ProcessEnvironment
+from pipeline.parallel.environment import ProcessEnvironment, is_given_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +129,15 @@ def check_layout(config: RunConfig, world_size: int) -> tuple[int, int]:
 def choose_device(config: RunConfig, local_rank: int, world_size: int) -> torch.device:
     """cuda:local_rank where CUDA is wanted and present, else the CPU.
 
+    A process that is shown one GPU takes that, whatever its local rank: srun --gpus-per-task=1 gives each task its own.
+
     Raises:
         UserError: more processes on this node than GPUs.
     """
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and is_given_gpus():
+        return torch.device("cuda", 0)
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             "more processes on this node than GPUs",
@@ -141,6 +146,13 @@ def choose_device(config: RunConfig, local_rank: int, world_size: int) -> torch.
             fix="start fewer processes, or set device=cpu",
         )
     return torch.device("cuda", local_rank)
+
+
+def set_matmul_precision(device: torch.device, *, tf32: bool) -> None:
+    """fp32 matrix products of this process on CUDA: TF32 or full fp32 (`kernels.tf32`). Products on a CPU stay as they are."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = None) -> Layout:
@@ -154,15 +166,18 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
         data = config.data_parallel_degree(environment.world_size)
     except ValueError as error:
         raise UserError("the run does not fit the number of processes", got=str(error), fix="change parallel.* or start another number") from None
+    if config.deterministic:
+        # Read by cuBLAS when CUDA starts in this process: before `set_device`.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     device = choose_device(config, environment.local_rank, environment.world_size)
     environment.export()
     # DeepSpeed decides between CPU and CUDA once, when it is first imported.
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed sets the device of this number
+    set_matmul_precision(device, tf32=config.kernels.tf32)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if environment.master_addr is None:
@@ -172,6 +187,9 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
                 backend, init_method="env://", rank=environment.rank, world_size=environment.world_size, timeout=COLLECTIVE_TIMEOUT
             )
     tensor, pipe = config.parallel.tensor, config.parallel.pipeline
+    control_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
+    if device.type == "cuda":
+        _check_own_gpu(str(torch.cuda.get_device_properties(device).uuid), control_group)
     return Layout(
         rank=environment.rank,
         world_size=environment.world_size,
@@ -181,8 +199,23 @@ def setup_layout(config: RunConfig, environment: ProcessEnvironment | None = Non
         pipe=pipe,
         device=device,
         tensor_group=_megatron_tensor_group(tensor, pipe) if tensor > 1 else None,
-        control_group=dist.new_group(backend="gloo") if device.type == "cuda" else None,
+        control_group=control_group,
     )
+
+
+def _check_own_gpu(gpu: str, group: Any) -> None:
+    """nccl would hang or fail on two ranks with one GPU, in its own words. Collective over `group`, with the same result on every rank."""
+    gpus: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(gpus, gpu, group=group)
+    ranks_of = Counter(gpus)
+    shared = [rank for rank, one in enumerate(gpus) if ranks_of[one] > 1]
+    if shared:
+        raise UserError(
+            "two processes were given the same GPU",
+            got=f"ranks {', '.join(map(str, shared[:8]))} share GPUs",
+            expected="one GPU per process",
+            fix="start as many processes per node as it has GPUs, and let CUDA_VISIBLE_DEVICES name all of them or each process its own",
+        )
 
 
 def teardown_layout(layout: Layout) -> None:

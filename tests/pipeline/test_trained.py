@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from model.kernels.config import KernelsConfig
+from pipeline import evaluate
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.export import main as export
 from pipeline.trained import find_codec, open_trained, read_trained_config
@@ -46,6 +48,18 @@ def test_tokenizer_of_another_model_is_refused(tiny_run, tiny_config):
     other = dataclasses.replace(tiny_config, model=dataclasses.replace(tiny_config.model, text=text))
     with pytest.raises(UserError, match="not the model's"):
         find_codec(other, tiny_run)
+
+
+def test_kernels_forced_on_the_training_machine_are_chosen_anew(write_run, tiny_config, tmp_path):
+    kernels = KernelsConfig(
+        gmm_nll="triton", affine_coupling="triton", geglu="liger", rms_norm="apex", optimizer="apex", compile="layers", tf32=False
+    )
+    run = write_run(tmp_path / "run", dataclasses.replace(tiny_config, kernels=kernels))
+    opened = open_trained(run, device="cpu")
+    assert opened.config.kernels == kernels
+    assert all(layer.kernels == KernelsConfig(tf32=False) for layer in opened.model.modules() if hasattr(layer, "kernels"))
+    assert evaluate._run_config(run, []).kernels == KernelsConfig(tf32=False)
+    assert evaluate._run_config(run, ["kernels.geglu=reference"]).kernels == KernelsConfig(tf32=False, geglu="reference")
 
 
 def test_one_process_of_a_job_may_open_a_model_by_itself(tiny_run, monkeypatch):

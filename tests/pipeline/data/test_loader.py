@@ -64,6 +64,27 @@ def test_prefetching_changes_nothing(intact, make_config, reference, num_prefetc
         assert _examples(_steps(loader, 6)) == reference
 
 
+@pytest.mark.parametrize("num_prefetch", [0, 2])
+def test_batches_for_a_gpu_are_pinned_by_the_thread(intact, make_config, reference, num_prefetch, monkeypatch):
+    threads = set()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: threads.add(threading.current_thread().name) or self.clone())
+    config = make_config(intact.path)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_prefetch=num_prefetch))
+    with _open(config, pin_memory=True) as loader:
+        assert _examples(_steps(loader, 6)) == reference
+    assert threads == {"jetway-reader" if num_prefetch else threading.main_thread().name}
+
+
+@pytest.mark.gpu
+def test_pinned_batch_reaches_the_gpu_whole(intact, make_config):
+    with _open(make_config(intact.path), pin_memory=True) as loader, _open(make_config(intact.path)) as plain:
+        for _ in range(6):
+            batch, other = next(loader), next(plain)
+            assert batch.image.is_pinned()
+            assert batch.text.is_pinned()
+            assert torch.equal(batch.to("cuda").image.cpu(), other.image)
+
+
 def test_samples_are_those_of_the_order(intact, make_config):
     with _open(make_config(intact.path, model_text={"length": 64})) as loader:
         found = _examples(_steps(loader, 6))
