@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import JetFormerConfig
-from model.kernels.gmm_nll.interface import linear_gmm_logsumexp, positive_scale
+from model.kernels.config import KernelsConfig
+from model.kernels.gmm_nll.interface import HeadWeights, linear_gmm_nll, linear_gmm_nll_loss, positive_scale
 from model.kernels.precision import widen
-from model.parallel import TensorParallel, copy_to_ranks, logsumexp_over_ranks, sharded_parameter, sum_over_ranks
+from model.parallel import TensorParallel, logsumexp_over_ranks, sharded_parameter, sum_over_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,10 @@ class GmmHead(nn.Module):
     Rows of mixture k: logit_weight[k], component_weight[k, 0] (means) and component_weight[k, 1] (raw scales).
     """
 
-    def __init__(self, config: JetFormerConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: JetFormerConfig, tp: TensorParallel, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
         self.tp = tp
+        self.kernels = kernels or KernelsConfig()
         width, mixtures, soft_dim = config.decoder.width, config.gmm.num_mixtures, config.gmm.soft_dim
         self.logit_weight = sharded_parameter((mixtures, width), tp)
         self.logit_bias = sharded_parameter((mixtures,), tp)
@@ -44,12 +46,35 @@ class GmmHead(nn.Module):
 
     def nll(self, hidden: Tensor, soft: Tensor) -> Tensor:
         """-log p(soft): hidden [n, I, D], fp32 soft [n, I, d] -> fp32 nats [n, I]; differentiable in both."""
-        joint, logits = linear_gmm_logsumexp(
-            copy_to_ranks(hidden, self.tp).flatten(0, 1),
-            copy_to_ranks(soft, self.tp).flatten(0, 1),
-            (self.logit_weight, self.logit_bias, self.component_weight, self.component_bias),
+        nll = linear_gmm_nll(
+            hidden.flatten(0, 1),
+            soft.flatten(0, 1),
+            self._weights,
+            group=self.tp.group,
+            impl=self.kernels.gmm_nll,
+            workspace_bytes=self.kernels.workspace_mib * 2**20,
         )
-        return (logsumexp_over_ranks(logits, self.tp) - logsumexp_over_ranks(joint, self.tp)).view(soft.shape[:2])
+        return nll.view(soft.shape[:2])
+
+    def loss(self, hidden: Tensor, soft: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of token_weight * nll, differentiable; nll [n, I], constant): arguments as `nll`, token_weight [n, I] constants.
+
+        Three matrix products of the head, where `nll` and its backward pass take four (model/kernels/gmm_nll).
+        """
+        loss, nll = linear_gmm_nll_loss(
+            hidden.flatten(0, 1),
+            soft.flatten(0, 1),
+            self._weights,
+            token_weight.flatten(),
+            group=self.tp.group,
+            impl=self.kernels.gmm_nll,
+            workspace_bytes=self.kernels.workspace_mib * 2**20,
+        )
+        return loss, nll.view(soft.shape[:2])
+
+    @property
+    def _weights(self) -> HeadWeights:
+        return self.logit_weight, self.logit_bias, self.component_weight, self.component_bias
 
     def mixture(self, hidden: Tensor) -> Mixture:
         """All parameters of this rank's components: hidden [..., D] -> K and d as in `Mixture`. Large: for small models and parity."""

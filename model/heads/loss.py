@@ -14,7 +14,7 @@ from model.batch import Batch
 from model.config import JetFormerConfig
 from model.decoder.norm import RmsNorm
 from model.heads.gmm import GmmHead
-from model.heads.text import TextHead, mean_nll
+from model.heads.text import TextHead, slot_weights
 from model.kernels.config import KernelsConfig
 from model.parallel import TensorParallel
 from model.sequence import image_slice, text_slice
@@ -38,29 +38,36 @@ class Head(nn.Module):
         self.tp = tp
         width = config.decoder.width
         self.norm = RmsNorm(width)
-        self.gmm = GmmHead(config, tp)
-        self.text = None if config.text.tie_logits else TextHead(width, config.text.vocab_size, tp)
+        self.gmm = GmmHead(config, tp, kernels)
+        self.text = None if config.text.tie_logits else TextHead(width, config.text.vocab_size, tp, kernels)
 
     def forward(self, state: State, batch: Batch) -> State:
         """Sets state.loss, the mean over the micro-batch of the terms that are not in state.aux."""
         assert state.hidden is not None
         assert state.soft is not None
         result = State(hidden=self.norm(state.hidden), soft=state.soft, aux=state.aux, stats=state.stats, outputs=state.outputs)
-        image_bits = self._image_bits(result, batch)
-        text_nats = self._text_nats(result, batch)
-        objective = self.config.objective
-        weighted_text = text_nats * objective.text_loss_weight
-        if objective.loss_on_prefix:
-            valid = ~batch.drop_prefix
-            terms = image_bits + weighted_text * valid / max(batch.valid_text_fraction, 1e-9)
-        else:
-            terms = torch.where(batch.text_first, image_bits, weighted_text)
-        result.loss = terms.sum() / len(batch)
+        image_share, text_share = self._shares(batch)
+        image_loss, image_bits = self._image_loss(result, batch, image_share)
+        text_loss, text_nats = self._text_loss(result, batch, text_share)
+        result.loss = image_loss + text_loss
         if batch.score_all:
             result.record("text_nats", text_nats)
         if batch.log_stats:
-            self._record_losses(result, batch, terms, image_bits, text_nats)
+            terms = torch.where(image_share > 0, image_share * image_bits, 0) + torch.where(text_share > 0, text_share * text_nats, 0)
+            self._record_losses(result, batch, terms * len(batch), image_bits, text_nats)
         return result
+
+    def _shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What one bit per subpixel of each image, and one nat per token of each caption, adds to the loss: fp32 [B] each.
+
+        Known before the heads run, which spares them a second pass (model.kernels.weighted_loss).
+        """
+        objective, text_first = self.config.objective, batch.text_first.float()
+        if objective.loss_on_prefix:
+            image, text = torch.ones_like(text_first), ~batch.drop_prefix / max(batch.valid_text_fraction, 1e-9)
+        else:
+            image, text = text_first, 1 - text_first
+        return image / len(batch), text * (objective.text_loss_weight / len(batch))
 
     def _rows(self, batch: Batch, *, text_first: bool) -> slice:
         """The rows that a head scores: those in which its modality comes last, or all; never none."""
@@ -77,13 +84,15 @@ class Head(nn.Module):
         image_first = hidden[boundary : rows.stop, pick(self.config, text_first=False)]
         return torch.cat([text_first, image_first])
 
-    def _image_bits(self, state: State, batch: Batch) -> Tensor:
-        """Mixture part of the image loss in bits per subpixel, its constant included: [B], zero where not scored."""
+    def _image_loss(self, state: State, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixture part of the loss, and of each image in bits per subpixel, [B], zero where not scored; the constant is in both."""
         assert state.hidden is not None
         assert state.soft is not None
         rows = self._rows(batch, text_first=True)
         hidden = self._predicting(state.hidden, rows, batch, image=True)
-        nll = self.gmm.nll(hidden, state.soft[rows])
+        to_bits = 1 / (self.config.image.num_subpixels * math.log(2))
+        weight = (share[rows] * to_bits).unsqueeze(1).expand(hidden.shape[:2])
+        loss, nll = self.gmm.loss(hidden, state.soft[rows], weight)
         if batch.score_all:
             state.record("soft_nll", nll)
         if batch.log_stats:
@@ -91,20 +100,22 @@ class Head(nn.Module):
             components = self.gmm.effective_components(hidden[scored])
             self._record(state, "effective_components", components)
             self._record(state, "soft_nats_per_dim", nll[scored] / state.soft.shape[-1])
-        bits = nll.sum(1) / (self.config.image.num_subpixels * math.log(2)) + GREY_LEVEL_BITS
-        return functional.pad(bits, (rows.start, len(batch) - rows.stop))
+        bits = nll.sum(1) * to_bits + GREY_LEVEL_BITS
+        return loss + share.sum() * GREY_LEVEL_BITS, functional.pad(bits, (rows.start, len(batch) - rows.stop))
 
-    def _text_nats(self, state: State, batch: Batch) -> Tensor:
-        """Caption loss in nats per token: [B], zero where not scored."""
+    def _text_loss(self, state: State, batch: Batch, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The caption part of the loss, and of each caption in nats per token, [B], zero where not scored."""
         assert state.hidden is not None
         if self.text is None:
             # Tied logits have no parameters here, and the class-conditional reference leaves them out of the loss (spec 1.5).
-            return torch.zeros(len(batch), device=state.hidden.device)
+            return torch.zeros((), device=state.hidden.device), torch.zeros(len(batch), device=state.hidden.device)
         rows = self._rows(batch, text_first=False)
-        nll = self.text.nll(self._predicting(state.hidden, rows, batch, image=False), batch.text[rows])
+        slots = slot_weights(batch.text_loss[rows])
+        hidden = self._predicting(state.hidden, rows, batch, image=False)
+        loss, nll = self.text.loss(hidden, batch.text[rows], share[rows, None] * slots)
         if batch.score_all:
             state.record("text_nll", nll)
-        return functional.pad(mean_nll(nll, batch.text_loss[rows]), (rows.start, len(batch) - rows.stop))
+        return loss, functional.pad((nll * slots).sum(-1), (rows.start, len(batch) - rows.stop))
 
     def _record_losses(self, state: State, batch: Batch, terms: Tensor, image_bits: Tensor, text_nats: Tensor) -> None:
         boundary = batch.num_text_first

@@ -25,6 +25,12 @@ def logsumexp_over_group(x: Tensor, group: Any) -> Tensor:
     return x if group is None else _LogSumExpOverGroup.apply(x, group)
 
 
+def reduce_in_place(x: Tensor, group: Any) -> None:
+    """x becomes its sum over the ranks; no gradient."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+
+
 class _CopyToGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

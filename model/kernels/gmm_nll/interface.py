@@ -11,10 +11,10 @@ from torch import Tensor
 
 from model.kernels.collectives import copy_to_group, logsumexp_over_group
 from model.kernels.dispatch import choose
-from model.kernels.gmm_nll.autograd import TokenNll, WeightedLoss
-from model.kernels.gmm_nll.one_pass import Passes
+from model.kernels.gmm_nll.one_pass import GmmHead, Passes
 from model.kernels.gmm_nll.reference import HeadWeights, linear_gmm_logsumexp_reference, positive_scale
 from model.kernels.gmm_nll.torch_passes import TorchPasses
+from model.kernels.weighted_loss import sum_weighted, token_nll, weighted_loss
 
 WORKSPACE_BYTES = 2**30
 """Outputs of the head held at once."""
@@ -45,7 +45,7 @@ def linear_gmm_nll(
     chosen = choose("gmm_nll", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
         return _reference_nll(hidden, soft, weights, group)
-    return TokenNll.apply(hidden, soft, *weights, _passes(chosen), group, workspace_bytes)
+    return token_nll(GmmHead(_passes(chosen), group, workspace_bytes), hidden, soft, *weights)
 
 
 def linear_gmm_nll_loss(
@@ -73,13 +73,15 @@ def linear_gmm_nll_loss(
     """
     hidden, soft = _checked(hidden, soft, weights)
     if token_weight.shape != hidden.shape[:1] or token_weight.requires_grad:
-        raise ValueError(f"token_weight must be [{len(hidden)}] constants, got {list(token_weight.shape)}, requires_grad={token_weight.requires_grad}")
+        raise ValueError(
+            f"token_weight must be [{len(hidden)}] constants, got {list(token_weight.shape)}, requires_grad={token_weight.requires_grad}"
+        )
+    token_weight = token_weight.to(soft.dtype)
     chosen = choose("gmm_nll", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
         nll = _reference_nll(hidden, soft, weights, group)
-        return torch.where(token_weight == 0, 0, nll * token_weight).sum(), nll.detach()
-    token_weight = token_weight.to(soft.dtype)
-    return WeightedLoss.apply(hidden, soft, *weights, token_weight, _passes(chosen), group, workspace_bytes, torch.is_grad_enabled())
+        return sum_weighted(nll, token_weight), nll.detach()
+    return weighted_loss(GmmHead(_passes(chosen), group, workspace_bytes), token_weight, hidden, soft, *weights)
 
 
 def _passes(impl: str) -> Passes:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.gmm_nll.one_pass import Responsibility
-from model.kernels.gmm_nll.reference import HALF_LOG_2PI, MIN_SCALE, HeadWeights
+from model.kernels.gmm_nll.reference import HALF_LOG_2PI, MIN_SCALE
 from model.kernels.precision import widen
 
 _TENSORS_HELD = 7
@@ -25,11 +25,9 @@ class _Kept:
 class TorchPasses:
     """See `one_pass.Passes`."""
 
-    def bytes_per_token(self, weights: HeadWeights) -> int:
+    def bytes_per_token(self, component_bias: Tensor) -> int:
         """Intermediates are held for a whole chunk here."""
-        mixtures, _, soft_dim, _ = weights[2].shape
-        wide = 8 if weights[2].dtype == torch.float64 else 4
-        return _TENSORS_HELD * mixtures * soft_dim * wide
+        return _TENSORS_HELD * component_bias.numel() // 2 * max(4, component_bias.element_size())
 
     def log_joint(self, raw: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, _Kept]:
         """logit_k + log N_k(soft)."""

@@ -9,32 +9,39 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
+from model.kernels.dispatch import is_interpreting
 from model.kernels.gmm_nll.reference import HALF_LOG_2PI, MIN_SCALE
 
 MAX_INVERSE_SCALE = tl.constexpr(1 / MIN_SCALE)
-MIN_LOG_SCALE = tl.constexpr(-13.815510557964274)  # ln 1e-6
-HUGE = tl.constexpr(1e9)
-"""Above it r^2 + 4 = r^2 in fp32, and r^2 might overflow."""
+LARGEST = tl.constexpr(1e18)
+"""Raw scales are cut here, so that their squares stay finite."""
 TILE = 2048
 """Elements of one tile of means: 16 per thread of four warps."""
-TOKENS_PER_PROGRAM = 64
+GRADIENT_TOKENS = 64
 """Of the gradient pass: 1/64 of the memory of its outputs goes to partial sums of the bias gradient."""
-LOOKAHEAD_TOKENS = 8
+LIKELIHOOD_TOKENS = 8
 """Tokens per program of the likelihood pass, which sums over none."""
 
 
 @triton.jit
 def _split_scale(raw):
-    """Of the raw scale r: (1 / scale, log scale, d log scale / d r), the scale being square-plus with its floor. README.md, section 1."""
-    size = tl.abs(raw)
-    root = tl.where(size < HUGE, tl.sqrt(size * size + 4.0), size)
-    half_sum = 0.5 * (size + root)  # e^|log scale|, at least 1
-    magnitude = tl.log(half_sum)
-    log_scale = tl.where(raw < 0, -magnitude, magnitude)
-    inverse = tl.minimum(tl.where(raw < 0, half_sum, 1.0 / half_sum), MAX_INVERSE_SCALE)
-    slope = tl.where(log_scale < MIN_LOG_SCALE, 0.0, 1.0 / root)
-    return inverse, tl.maximum(log_scale, MIN_LOG_SCALE), slope
+    """Of the raw scale r: (1 / scale, d log scale / d r), the scale being square-plus with its floor. README.md, section 1."""
+    size = tl.minimum(tl.abs(raw), LARGEST)
+    square = size * size + 4.0
+    slope = tl.rsqrt(square)
+    half_sum = 0.5 * (size + square * slope)  # e^|log scale|, at least 1
+    inverse = tl.where(raw < 0, half_sum, 1.0 / half_sum)
+    return tl.minimum(inverse, MAX_INVERSE_SCALE), tl.where(inverse > MAX_INVERSE_SCALE, 0.0, slope)
+
+
+@triton.jit
+def _log(x, FAST: tl.constexpr):
+    """The chip's own logarithm, off by at most 2^-22 (absolute near 1, relative elsewhere); the interpreter has none."""
+    if FAST:
+        return libdevice.fast_logf(x)
+    return tl.log(x)
 
 
 @triton.jit
@@ -50,13 +57,14 @@ def gmm_log_joint_kernel(
     TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """LOG_JOINT = logit_k - sum_j (z^2 / 2 + log scale) - constant, with z = (soft - mean) / scale."""
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_D)
     is_mixture = k < num_mixtures
     inside = is_mixture[:, None] & (j < soft_dim)[None, :]
-    first = tl.program_id(0) * TOKENS
+    first = tl.program_id(1) * TOKENS
     for offset in range(0, tl.minimum(TOKENS, num_tokens - first)):
         n = (first + offset).to(tl.int64)
         entry = n * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
@@ -64,9 +72,10 @@ def gmm_log_joint_kernel(
         raw = tl.load(RAW + entry + soft_dim, mask=inside, other=0.0).to(tl.float32)
         soft = tl.load(SOFT + n * soft_dim + j, mask=j < soft_dim, other=0.0)
         logit = tl.load(LOGITS + n * num_mixtures + k, mask=is_mixture, other=0.0)
-        inverse, log_scale, _ = _split_scale(raw)
+        inverse, _ = _split_scale(raw)
         z = (soft[None, :] - loc) * inverse
-        exponent = tl.sum(tl.where(inside, 0.5 * z * z + log_scale, 0.0), axis=1)  # [BLOCK_K]
+        # Outside of the tensor all loads are 0: mean 0, scale 1, distance 0, so that the terms vanish.
+        exponent = tl.sum(0.5 * z * z - _log(inverse, FAST), axis=1)  # [BLOCK_K]
         tl.store(LOG_JOINT + n * num_mixtures + k, logit - exponent - constant, mask=is_mixture)
 
 
@@ -87,14 +96,14 @@ def gmm_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """d mean = -q z / scale, d raw = -q (z^2 - 1) / sqrt(r^2 + 4), d soft = sum_k q z / scale, with q = weight exp(log joint - joint)."""
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_D)
     is_mixture = k < num_mixtures
     is_channel = j < soft_dim
     inside = is_mixture[:, None] & is_channel[None, :]
     bias_loc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     bias_raw = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    first = tl.program_id(0) * TOKENS
+    first = tl.program_id(1) * TOKENS
     for offset in range(0, tl.minimum(TOKENS, num_tokens - first)):
         n = (first + offset).to(tl.int64)
         entry = n * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
@@ -105,17 +114,17 @@ def gmm_gradient_kernel(
         joint = tl.load(JOINT + n)
         weight = tl.load(WEIGHT + n)
         share = tl.where(is_mixture, weight * tl.exp(log_joint - joint), 0.0)[:, None]  # q, [BLOCK_K, 1]
-        inverse, _, slope = _split_scale(raw)
+        inverse, slope = _split_scale(raw)
         z = (soft[None, :] - loc) * inverse
-        d_loc = tl.where(inside, -share * (z * inverse), 0.0)
-        d_raw = tl.where(inside, -share * ((z * z - 1.0) * slope), 0.0)
+        d_loc = -share * (z * inverse)
+        d_raw = -share * ((z * z - 1.0) * slope)
         tl.store(RAW + entry, d_loc.to(RAW.dtype.element_ty), mask=inside)
         tl.store(RAW + entry + soft_dim, d_raw.to(RAW.dtype.element_ty), mask=inside)
         bias_loc += d_loc
         bias_raw += d_raw
-        place = (tl.program_id(1).to(tl.int64) * num_tokens + n) * soft_dim + j
+        place = (tl.program_id(0).to(tl.int64) * num_tokens + n) * soft_dim + j
         tl.store(D_SOFT + place, -tl.sum(d_loc, axis=0), mask=is_channel)
-    entry = tl.program_id(0).to(tl.int64) * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
+    entry = tl.program_id(1).to(tl.int64) * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
     tl.store(D_BIAS + entry, bias_loc, mask=inside)
     tl.store(D_BIAS + entry + soft_dim, bias_raw, mask=inside)
 
@@ -131,7 +140,7 @@ def launch_log_joint(raw: Tensor, logits: Tensor, soft: Tensor) -> Tensor:
     num_tokens, num_mixtures, _, soft_dim = raw.shape
     block_k, block_d = block_sizes(num_mixtures, soft_dim)
     log_joint = torch.empty(num_tokens, num_mixtures, dtype=torch.float32, device=raw.device)
-    grid = (triton.cdiv(num_tokens, LOOKAHEAD_TOKENS), triton.cdiv(num_mixtures, block_k))
+    grid = (triton.cdiv(num_mixtures, block_k), triton.cdiv(num_tokens, LIKELIHOOD_TOKENS))
     gmm_log_joint_kernel[grid](
         raw,
         logits,
@@ -141,9 +150,10 @@ def launch_log_joint(raw: Tensor, logits: Tensor, soft: Tensor) -> Tensor:
         num_mixtures,
         soft_dim,
         soft_dim * HALF_LOG_2PI,
-        TOKENS=LOOKAHEAD_TOKENS,
+        TOKENS=LIKELIHOOD_TOKENS,
         BLOCK_K=block_k,
         BLOCK_D=block_d,
+        FAST=not is_interpreting(),
         num_warps=4,
     )
     return log_joint
@@ -153,9 +163,9 @@ def launch_gradient(raw: Tensor, log_joint: Tensor, joint: Tensor, weight: Tenso
     """Overwrites raw with its gradient; returns those of soft, fp32 [c, d], and of the bias, fp32 [K, 2, d]."""
     num_tokens, num_mixtures, _, soft_dim = raw.shape
     block_k, block_d = block_sizes(num_mixtures, soft_dim)
-    grid = (triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), triton.cdiv(num_mixtures, block_k))
-    d_soft = torch.empty(grid[1], num_tokens, soft_dim, dtype=torch.float32, device=raw.device)
-    d_bias = torch.empty(grid[0], num_mixtures, 2, soft_dim, dtype=torch.float32, device=raw.device)
+    grid = (triton.cdiv(num_mixtures, block_k), triton.cdiv(num_tokens, GRADIENT_TOKENS))
+    d_soft = torch.empty(grid[0], num_tokens, soft_dim, dtype=torch.float32, device=raw.device)
+    d_bias = torch.empty(grid[1], num_mixtures, 2, soft_dim, dtype=torch.float32, device=raw.device)
     gmm_gradient_kernel[grid](
         raw,
         log_joint,
@@ -167,7 +177,7 @@ def launch_gradient(raw: Tensor, log_joint: Tensor, joint: Tensor, weight: Tenso
         num_tokens,
         num_mixtures,
         soft_dim,
-        TOKENS=TOKENS_PER_PROGRAM,
+        TOKENS=GRADIENT_TOKENS,
         BLOCK_K=block_k,
         BLOCK_D=block_d,
         num_warps=4,

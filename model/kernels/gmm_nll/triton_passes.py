@@ -3,16 +3,15 @@
 from torch import Tensor
 
 from model.kernels.gmm_nll.one_pass import Responsibility
-from model.kernels.gmm_nll.reference import HeadWeights
 from model.kernels.gmm_nll.triton_kernels import launch_gradient, launch_log_joint
 
 
 class TritonPasses:
     """See `one_pass.Passes`."""
 
-    def bytes_per_token(self, weights: HeadWeights) -> int:
+    def bytes_per_token(self, component_bias: Tensor) -> int:
         """The head's own outputs; everything else of a token is smaller by a factor of d."""
-        return weights[3].numel() * weights[3].element_size()
+        return component_bias.numel() * component_bias.element_size()
 
     def log_joint(self, raw: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, None]:
         """logit_k + log N_k(soft)."""

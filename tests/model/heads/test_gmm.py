@@ -1,12 +1,11 @@
-"""The mixture head against torch.distributions, and its memory-bounded form against the plain one."""
+"""The mixture head against torch.distributions."""
 
 import pytest
 import torch
 from torch import distributions
 
 from model.heads.gmm import GmmHead
-from model.kernels.gmm_nll.interface import linear_gmm_logsumexp
-from model.kernels.gmm_nll.reference import linear_gmm_logsumexp_reference, positive_scale
+from model.kernels.gmm_nll.reference import positive_scale
 from model.parallel import TensorParallel
 
 
@@ -35,28 +34,14 @@ def test_nll_equals_torch_distributions(head, small_config):
     torch.testing.assert_close(head.nll(hidden, soft), expected)
 
 
-def test_nll_gradients_pass_gradcheck(head, small_config):
-    hidden, soft = random_inputs(small_config, tokens=1)
-    weights = tuple(p.detach().requires_grad_() for p in (head.logit_weight, head.logit_bias, head.component_weight, head.component_bias))
-
-    def joint(h, s, *w):
-        return linear_gmm_logsumexp_reference(h.flatten(0, 1), s.flatten(0, 1), w)
-
-    assert torch.autograd.gradcheck(joint, (hidden.requires_grad_(), soft.requires_grad_(), *weights))
-
-
-@pytest.mark.parametrize("tokens_per_chunk", [1, 2, 5])
-def test_chunks_change_neither_values_nor_gradients(head, small_config, tokens_per_chunk):
-    hidden, soft = (x.flatten(0, 1).requires_grad_() for x in random_inputs(small_config, tokens=6))
-    weights = (head.logit_weight, head.logit_bias, head.component_weight, head.component_bias)
-    inputs = (hidden, soft, *weights)
-    plain = linear_gmm_logsumexp_reference(hidden, soft, weights)
-    bytes_per_token = 4 * head.component_bias.numel()
-    chunked = linear_gmm_logsumexp(hidden, soft, weights, max_chunk_bytes=tokens_per_chunk * bytes_per_token)
-    for a, b in zip(plain, chunked, strict=True):
-        torch.testing.assert_close(a, b)
-    expected = torch.autograd.grad((plain[1] - plain[0]).sum(), inputs)
-    for a, b in zip(expected, torch.autograd.grad((chunked[1] - chunked[0]).sum(), inputs), strict=True):
+def test_loss_is_the_weighted_sum_of_the_nll(head, small_config):
+    hidden, soft = (x.requires_grad_() for x in random_inputs(small_config))
+    weight = torch.tensor([[0.5, 0.0, 1.0], [2.0, 1.0, 0.1]]).double()
+    loss, nll = head.loss(hidden, soft, weight)
+    expected = head.nll(hidden, soft)
+    torch.testing.assert_close(nll, expected.detach())
+    inputs = (hidden, soft, *head.parameters())
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 
