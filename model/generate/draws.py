@@ -34,12 +34,13 @@ class Purpose(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenDraws:
-    """The random numbers of one token of B samples."""
+    """The random numbers of one token of each of B samples."""
 
     seed: int
     positions: Tensor
     """int64 [B], sample positions."""
-    token: int = 0
+    token: int | Tensor = 0
+    """Which token; int64 [B]: one for each row, with the same numbers as that token by itself."""
 
     def uniform(self, purpose: Purpose, shape: Sequence[int] = (), *, chunk: int = 0) -> Tensor:
         """fp32 in [0, 1), [B, *shape]."""
@@ -51,10 +52,16 @@ class TokenDraws:
 
     def rows(self, index: Tensor) -> "TokenDraws":
         """The same numbers, for some of the samples."""
-        return TokenDraws(self.seed, self.positions[index], self.token)
+        return TokenDraws(self.seed, self.positions[index], self.token[index] if isinstance(self.token, Tensor) else self.token)
 
-    def _substream(self, purpose: Purpose, chunk: int) -> int:
+    def _substream(self, purpose: Purpose, chunk: int) -> int | Tensor:
         return (chunk << 32) | (self.token << 4) | purpose
+
+
+def all_tokens(seed: int, positions: Tensor, num_tokens: int) -> TokenDraws:
+    """The draws of tokens 0..I-1 of B samples, as rows [I * B] with the samples of one token side by side."""
+    tokens = torch.arange(num_tokens, device=positions.device)
+    return TokenDraws(seed, positions.repeat(num_tokens), tokens[:, None].expand(-1, len(positions)).flatten())
 
 
 def categorical(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -1,59 +1,23 @@
 """Classifier-free guidance of one Gaussian against another, dimension by dimension (spec 1.10).
 
 The target is p(x) proportional to N_c(x)^(1+w) N_u(x)^-w, with N_c the conditional and N_u the unconditional Gaussian of the
-same mixture component. Letters: n tokens, d soft channels, m proposals of a chunk.
+same mixture component. The rules in closed form, `analytic` and `clipped`, stand beside the kernel that applies them
+(model/kernels/mixture_sample); here is the reference's rule. Letters: n tokens, d soft channels, m proposals of a chunk.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.generate.draws import Purpose, TokenDraws
+from model.kernels.mixture_sample.reference import Gaussian, analytic, clipped
+
+__all__ = ["NUM_PROPOSALS", "Gaussian", "analytic", "clipped", "rejection_sample"]
 
 NUM_PROPOSALS = 1000
 """Proposals of the reference before it gives up on guidance."""
 _CHUNK = 40
 _GRID_RADIUS, _GRID_STEPS = 10.0, 1000
 """The reference looks for the maximum of p on 1001 points, mean +- 10."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gaussian:
-    """Independent Gaussians, fp32 [n, d] each."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def at(self, noise: Tensor) -> Tensor:
-        """The point `noise` standard deviations from the mean."""
-        return self.loc + self.scale * noise
-
-
-def analytic(conditional: Gaussian, unconditional: Gaussian, weight: float) -> Gaussian:
-    """The target in closed form, where it is a Gaussian; N_c where it cannot be normalised.
-
-    p has precision lam = (1+w)/sc^2 - w/su^2 and mean ((1+w) mc/sc^2 - w mu/su^2) / lam.
-    """
-    precision_c, precision_u = conditional.scale**-2, unconditional.scale**-2
-    precision = (1 + weight) * precision_c - weight * precision_u
-    normalisable = precision > 0
-    safe = torch.where(normalisable, precision, 1.0)
-    # Relative to mc, so that nothing cancels where the two means agree.
-    loc = conditional.loc + weight * precision_u * (conditional.loc - unconditional.loc) / safe
-    return Gaussian(torch.where(normalisable, loc, conditional.loc), torch.where(normalisable, safe.rsqrt(), conditional.scale))
-
-
-def clipped(conditional: Gaussian, unconditional: Gaussian, weight: float) -> Gaussian:
-    """The target with r = (sc/su)^2 cut at 1: never wider than N_c (the closed form of STARFlow, arXiv 2506.06276).
-
-    Where the conditional Gaussian is the narrower one this is `analytic`. Where it is slightly the wider one, `analytic` goes
-    through a pole at r = (1+w)/w: at w = 9 and r = 1.1 it moves the mean by 99 (mc - mu) and triples the scale.
-    """
-    ratio = (conditional.scale / unconditional.scale).square().clamp(max=1)
-    remainder = 1 + weight - weight * ratio
-    loc = conditional.loc + weight * ratio * (conditional.loc - unconditional.loc) / remainder
-    return Gaussian(loc, conditional.scale * remainder.rsqrt())
 
 
 def rejection_sample(conditional: Gaussian, unconditional: Gaussian, weight: float, draws: TokenDraws) -> Tensor:

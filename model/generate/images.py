@@ -10,16 +10,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from model.generate.cached import CachedDecoder
-from model.generate.draws import Purpose, TokenDraws, categorical
-from model.generate.guidance import Gaussian, analytic, clipped, rejection_sample
+from model.generate.draws import Purpose, TokenDraws, all_tokens, categorical
+from model.generate.guidance import rejection_sample
 from model.generate.prefix import row_positions, text_prefix
+from model.generate.static import StaticDecoder, replay_steps, run_steps
 from model.heads.gmm import GmmHead
 from model.jetformer import JetFormer
+from model.kernels.mixture_sample.interface import ClosedForm, component_gaussian, mixture_sample
 from model.patchify import to_uint8, unpatchify
 
 CfgRule = Literal["analytic", "clipped", "rejection"]
-MIN_TEMPERATURE = 1e-6
+Loop = Literal["auto", "eager", "graph"]
+"""How the steps of sampling are launched: each operation from the host, or on CUDA a graph of all of them. `auto` takes the graph where
+there can be one. The images are the same up to rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,13 @@ class ImageSampling:
     temperature_probs: float = 1.0
     """Multiplies the mixture's logits."""
     seed: int = 0
+
+    @property
+    def closed_form(self) -> ClosedForm | None:
+        """The rule by which a token is drawn at once; None for rejection, which draws until all dims have been accepted."""
+        if self.cfg_rule == "rejection":
+            return None if self.cfg_scale else "analytic"  # without guidance the rules agree
+        return self.cfg_rule
 
     def __post_init__(self) -> None:
         if self.cfg_scale < 0:
@@ -53,6 +65,7 @@ def sample_images(
     *,
     settings: ImageSampling,
     positions: Tensor | None = None,
+    loop: Loop = "auto",
     on_token: Callable[[int], object] | None = None,
 ) -> Tensor:
     """One image per row of text.
@@ -65,9 +78,12 @@ def sample_images(
 
     Returns:
         uint8 [B, H, W, channels].
+
+    Raises:
+        UserError: `loop` is `graph` where there can be none.
     """
     positions = row_positions(len(text), text.device) if positions is None else positions
-    soft = sample_soft_tokens(model, text, text_mask, settings=settings, positions=positions, on_token=on_token)
+    soft = sample_soft_tokens(model, text, text_mask, settings=settings, positions=positions, loop=loop, on_token=on_token)
     return decode_images(model, soft, seed=settings.seed, positions=positions)
 
 
@@ -79,25 +95,79 @@ def sample_soft_tokens(
     *,
     settings: ImageSampling,
     positions: Tensor,
+    loop: Loop = "auto",
     on_token: Callable[[int], object] | None = None,
 ) -> Tensor:
     """The part of the latents that the decoder models: arguments as `sample_images`, result fp32 [B, I, d].
 
     With guidance every example is two rows side by side, conditional and unconditional, which share what is drawn.
     """
-    copies, num_tokens = 2 if settings.cfg_scale else 1, model.config.image.num_tokens
-    decoder, hidden = _read_captions(model, text, text_mask, unconditional=copies == 2, extra=num_tokens - 1)
-    tokens: list[Tensor] = []
-    for index in range(num_tokens):
-        if tokens:
-            hidden = decoder.extend(model.embed.image(tokens[-1].repeat_interleave(copies, 0))[:, None])[:, -1]
-        tokens.append(draw_token(model.head.gmm, hidden, settings, TokenDraws(settings.seed, positions, index)))
+    has_graph = _has_graph(loop, settings, text.device)
+    num_steps = model.config.image.num_tokens - 1
+    decoder, hidden = _read_captions(model, text, text_mask, unconditional=bool(settings.cfg_scale), steps=num_steps)
+    sampler = _TokenSampler(decoder, settings, positions)
+
+    def report() -> None:
         if on_token is not None:
             on_token(1)
-    return torch.stack(tokens, dim=1)
+
+    sampler.draw(hidden)
+    report()
+    if has_graph:
+        replay_steps(sampler.step, num_steps, on_step=report, required=loop == "graph")
+    else:
+        run_steps(sampler.step, num_steps, on_step=report)
+    return sampler.tokens
 
 
-def _read_captions(model: JetFormer, text: Tensor, text_mask: Tensor, *, unconditional: bool, extra: int) -> tuple[CachedDecoder, Tensor]:
+def _has_graph(loop: Loop, settings: ImageSampling, device: torch.device) -> bool:
+    """Whether the steps are replayed from a CUDA graph."""
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = f"CUDA graphs need a CUDA device, not {device.type}"
+    elif settings.closed_form is None:
+        obstacle = "cfg_rule=rejection draws as often as the numbers ask for, and a graph runs the same operations each time"
+    if obstacle and loop == "graph":
+        raise UserError("loop=graph cannot run here", got=obstacle, fix="use loop=auto")
+    return loop != "eager" and not obstacle
+
+
+class _TokenSampler:
+    """Draws token after token into one buffer. A step reads and writes the same tensors each time, and no number of the host changes."""
+
+    def __init__(self, decoder: StaticDecoder, settings: ImageSampling, positions: Tensor) -> None:
+        self._decoder, self._settings, self._positions = decoder, settings, positions
+        self._impl = decoder.model.block(0).kernels.mixture_sample
+        config = decoder.model.config
+        num_tokens, size, soft_dim = config.image.num_tokens, len(positions), config.gmm.soft_dim
+        self.tokens = torch.zeros(size, num_tokens, soft_dim, device=positions.device)
+        """fp32 [B, I, d], drawn so far."""
+        if settings.closed_form is not None:
+            # Drawn ahead: a token's own bits take some thirty small operations.
+            draws = all_tokens(settings.seed, positions, num_tokens)
+            self._uniform = draws.uniform(Purpose.COMPONENT).view(num_tokens, size)
+            self._noise = draws.normal(Purpose.NOISE, (soft_dim,)).view(num_tokens, size, soft_dim)
+
+    def step(self) -> None:
+        """Feeds the last token and draws the next."""
+        model, copies = self._decoder.model, 2 if self._settings.cfg_scale else 1
+        x = model.embed.image(self.tokens.index_select(1, self._decoder.index))
+        x = x[:, None].expand(-1, copies, -1, -1).flatten(0, 1)  # [copies * B, 1, D]
+        self.draw(self._decoder.step(x)[:, -1])
+
+    def draw(self, hidden: Tensor) -> None:
+        """Draws a token after hidden states [B, D], or with guidance [2B, D]."""
+        head, index = self._decoder.model.head.gmm, self._decoder.index
+        if self._settings.closed_form is None:
+            draws = TokenDraws(self._settings.seed, self._positions, index.expand(len(self._positions)))
+            token = draw_token(head, hidden, self._settings, draws, impl=self._impl)
+        else:
+            uniform, noise = (x.index_select(0, index)[0] for x in (self._uniform, self._noise))
+            token = _draw_at_once(head, hidden, self._settings, uniform, noise, impl=self._impl)
+        self.tokens.index_copy_(1, index, token[:, None])
+
+
+def _read_captions(model: JetFormer, text: Tensor, text_mask: Tensor, *, unconditional: bool, steps: int) -> tuple[StaticDecoder, Tensor]:
     """The decoder after [BOS, text, BOI], and its last hidden states [rows, D]: one row per example, or with `unconditional` two.
 
     An unconditional prefix is all NOLABEL and attended whole. Equal prefixes, and every unconditional one, are read once.
@@ -109,37 +179,51 @@ def _read_captions(model: JetFormer, text: Tensor, text_mask: Tensor, *, uncondi
     distinct, rows = torch.unique(prefixes, dim=0, return_inverse=True)
     ids, attended = distinct.chunk(2, dim=1)
     x, mask = text_prefix(model, ids, attended.bool())
-    decoder = CachedDecoder(model, batch_size=len(x), length=x.shape[1])
-    hidden = decoder.extend(x, None if bool(mask.all()) else mask)[:, -1]
-    return decoder.take(rows, extra=extra), hidden[rows]
+    past = CachedDecoder(model, batch_size=len(x), length=x.shape[1])
+    hidden = past.extend(x, None if bool(mask.all()) else mask)[:, -1]
+    return StaticDecoder(past, rows, steps=steps), hidden[rows]
 
 
-def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: TokenDraws) -> Tensor:
+def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: TokenDraws, *, impl: str = "auto") -> Tensor:
     """One soft token per example: fp32 [B, d].
 
     The component is drawn first, from the conditional mixture, and only its 2d rows of the head are computed (spec 1.14).
 
     Args:
         hidden: [B, D], or with guidance [2B, D]: conditional and unconditional rows in turn.
+        impl: `kernels.mixture_sample`.
     """
-    copies = 2 if settings.cfg_scale else 1
-    conditional_hidden = hidden[::copies]
-    logits = head.mixture_logits(conditional_hidden) * settings.temperature_probs
-    component = categorical(logits, draws.uniform(Purpose.COMPONENT))
-    conditional = _tempered(head, conditional_hidden, component, settings.temperature)
-    if copies == 1:
-        return conditional.at(draws.normal(Purpose.NOISE, conditional.loc.shape[1:]))
-    unconditional = _tempered(head, hidden[1::2], component, settings.temperature)
-    if settings.cfg_rule == "rejection":
-        return rejection_sample(conditional, unconditional, settings.cfg_scale, draws)
-    guided = (clipped if settings.cfg_rule == "clipped" else analytic)(conditional, unconditional, settings.cfg_scale)
-    return guided.at(draws.normal(Purpose.NOISE, guided.loc.shape[1:]))
+    uniform = draws.uniform(Purpose.COMPONENT)
+    if settings.closed_form is not None:
+        noise = draws.normal(Purpose.NOISE, head.component_bias.shape[2:])
+        return _draw_at_once(head, hidden, settings, uniform, noise, impl=impl)
+    component = _draw_component(head, hidden, settings, uniform)
+    conditional, unconditional = component_gaussian(
+        hidden, head.component_weight, head.component_bias, component, temperature=settings.temperature, impl=impl
+    )
+    return rejection_sample(conditional, unconditional, settings.cfg_scale, draws)
 
 
-def _tempered(head: GmmHead, hidden: Tensor, component: Tensor, temperature: float) -> Gaussian:
-    loc, scale = head.component(hidden, component)
-    # Guidance divides by the scales: at temperature 0 they are as good as 0, and keep their ratios.
-    return Gaussian(loc, scale * max(temperature, MIN_TEMPERATURE))
+def _draw_at_once(head: GmmHead, hidden: Tensor, settings: ImageSampling, uniform: Tensor, noise: Tensor, *, impl: str) -> Tensor:
+    """A token from its random numbers: uniform [B] for the component, normal [B, d] within its Gaussian."""
+    assert settings.closed_form is not None
+    return mixture_sample(
+        hidden,
+        head.component_weight,
+        head.component_bias,
+        _draw_component(head, hidden, settings, uniform),
+        noise,
+        cfg_scale=settings.cfg_scale,
+        cfg_rule=settings.closed_form,
+        temperature=settings.temperature,
+        impl=impl,
+    )
+
+
+def _draw_component(head: GmmHead, hidden: Tensor, settings: ImageSampling, uniform: Tensor) -> Tensor:
+    """int64 [B], from the mixtures of the conditional rows."""
+    logits = head.mixture_logits(hidden[:: 2 if settings.cfg_scale else 1])
+    return categorical(logits * settings.temperature_probs, uniform)
 
 
 @torch.no_grad()

@@ -3,10 +3,6 @@
 Letters: B examples, D width, K mixtures, d soft channels.
 """
 
-# Triton's arguments have neither types of Python nor its names.
-# ruff: noqa: N803
-# mypy: disable-error-code="no-untyped-def"
-
 import torch
 import triton
 import triton.language as tl
