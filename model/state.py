@@ -4,10 +4,13 @@ Letters: B examples, I image tokens, S sequence, D model width, C subpixels per 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.decoder.context import DecoderContext
 
 
 @dataclass(slots=True)
@@ -29,6 +32,8 @@ class State:
     """fp64 [2, metrics]: sums and counts (model.stats)."""
     outputs: dict[str, Tensor] | None = None
     """Per-example results, where a batch asks for all scores."""
+    context: "DecoderContext | None" = None
+    """What the decoder's blocks share (masks, tables): set by the first of a stage, never sent to another one."""
 
     def add_aux(self, term: Tensor) -> None:
         """Adds a local loss term."""

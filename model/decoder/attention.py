@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import DecoderConfig
-from model.decoder.rope import apply_rope, rope_tables
+from model.decoder.rope import rope_tables
+from model.kernels.config import KernelsConfig
+from model.kernels.rope.interface import apply_rope
 from model.parallel import TensorParallel, column_linear, copy_to_ranks, row_linear
 
 
@@ -53,9 +55,10 @@ class KvCache:
 class Attention(nn.Module):
     """Multi-query or grouped-query attention. No biases."""
 
-    def __init__(self, config: DecoderConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: DecoderConfig, tp: TensorParallel, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels or KernelsConfig()
         self.tp = tp
         query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.splits_kv = config.num_kv_heads % tp.size == 0
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         shared = copy_to_ranks(x, self.tp)
         q = self._heads(self.q(shared))
         k, v = self._keys_and_values(x, shared)
-        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        q, k = (apply_rope(heads, context.cos, context.sin, impl=self.kernels.rope) for heads in (q, k))
         if cache is not None:
             k, v = cache.append(k, v)
         return self.out(self._attend(q, k, v, context.mask).transpose(1, 2).flatten(2))

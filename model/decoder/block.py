@@ -3,27 +3,29 @@
 Letters: B examples, S positions, D width, F MLP width.
 """
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from model import sequence, streams
 from model.batch import Batch
 from model.config import DecoderConfig, JetFormerConfig
 from model.decoder.attention import Attention, AttentionContext, KvCache
+from model.decoder.context import DecoderContext
 from model.decoder.norm import RmsNorm
 from model.kernels.config import KernelsConfig
+from model.kernels.geglu.interface import geglu
+from model.kernels.inductor import run_compiled, vary_batch
+from model.kernels.rms_norm.interface import add_dropout, add_dropout_rms_norm
+from model.kernels.splitmix import DropoutKey
 from model.parallel import TensorParallel, column_linear, copy_to_ranks, row_linear
 from model.state import State
-from model.streams import Stream
 
 
 class GegluMlp(nn.Module):
     """gelu_tanh(x W_gate) * (x W_up) W_down, the hidden units split over tensor-parallel ranks."""
 
-    def __init__(self, config: DecoderConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: DecoderConfig, tp: TensorParallel, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
         self.tp = tp
+        self.kernels = kernels or KernelsConfig()
         self.gate = column_linear(config.width, config.mlp_dim, tp)
         self.up = column_linear(config.width, config.mlp_dim, tp)
         self.down = row_linear(config.mlp_dim, config.width, tp)
@@ -31,7 +33,7 @@ class GegluMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         shared = copy_to_ranks(x, self.tp)
-        return self.down(functional.gelu(self.gate(shared), approximate="tanh") * self.up(shared))
+        return self.down(geglu(self.gate(shared), self.up(shared), impl=self.kernels.geglu))
 
 
 class Block(nn.Module):
@@ -42,32 +44,37 @@ class Block(nn.Module):
         self.kernels = kernels or KernelsConfig()
         self.config = config
         self.index = index
-        self.norm1 = RmsNorm(config.decoder.width)
-        self.attn = Attention(config.decoder, tp)
-        self.norm2 = RmsNorm(config.decoder.width)
-        self.mlp = GegluMlp(config.decoder, tp)
+        # The collectives between tensor-parallel ranks would cut the block into pieces: there the kernels do better.
+        self.compiles = self.kernels.compile == "layers" and tp.size == 1
+        self.norm1 = RmsNorm(config.decoder.width, impl=self.kernels.rms_norm)
+        self.attn = Attention(config.decoder, tp, self.kernels)
+        self.norm2 = RmsNorm(config.decoder.width, impl=self.kernels.rms_norm)
+        self.mlp = GegluMlp(config.decoder, tp, self.kernels)
 
     def forward(self, state: State, batch: Batch) -> State:
         """Advances state.hidden [B, S, D]."""
         x = state.hidden
         assert x is not None
-        mask = sequence.key_mask(batch, self.config)
-        context = AttentionContext.build(sequence.rope_positions(mask, x.shape[1], x.device), mask, self.config.decoder)
-        x = x + self._dropout(self.attn(self.norm1(x), context), batch, branch=0)
-        x = x + self._dropout(self.mlp(self.norm2(x)), batch, branch=1)
-        return State(hidden=x, soft=state.soft, aux=state.aux, stats=state.stats, outputs=state.outputs)
+        context = DecoderContext.build(batch, x, self.config) if state.context is None else state.context
+        first, second = context.dropout(self.index, 0), context.dropout(self.index, 1)
+        run = block_forward
+        if self.compiles:
+            attention = context.attention
+            vary_batch(x, attention.cos, attention.sin, attention.mask, *(key.keys for key in (first, second) if key is not None))
+            run = run_compiled(block_forward, x.device)
+        hidden = run(self, x, context.attention, first, second)
+        return State(hidden=hidden, soft=state.soft, aux=state.aux, stats=state.stats, outputs=state.outputs, context=context)
 
     def decode(self, x: Tensor, context: AttentionContext, cache: KvCache | None) -> Tensor:
         """[B, S, D] -> [B, S, D] without dropout, continuing from `cache`: for sampling."""
-        x = x + self.attn(self.norm1(x), context, cache)
-        return x + self.mlp(self.norm2(x))
+        return block_forward(self, x, context, None, None, cache)
 
-    def _dropout(self, x: Tensor, batch: Batch, *, branch: int) -> Tensor:
-        """Drops elements as the stream says: alike on every tensor-parallel rank, whatever the layout."""
-        probability = self.config.decoder.dropout
-        if not batch.noise.train or probability == 0:
-            return x
-        keep = streams.keep_mask(
-            batch.noise.seed, Stream.DROPOUT, batch.positions, x.shape[1:], drop_probability=probability, substream=2 * self.index + branch
-        )
-        return torch.where(keep, x / (1 - probability), 0)
+
+def block_forward(
+    block: Block, x: Tensor, context: AttentionContext, first: DropoutKey | None, second: DropoutKey | None, cache: KvCache | None = None
+) -> Tensor:
+    """[B, S, D] -> [B, S, D]; reads nothing of the block that differs between blocks but its weights, so that all share compiled code."""
+    impl = block.kernels.rms_norm
+    attended = block.attn(block.norm1(x), context, cache)
+    x, normed = add_dropout_rms_norm(x, attended, block.norm2.scale, first, impl=impl)
+    return add_dropout(x, block.mlp(normed), second, impl=impl)

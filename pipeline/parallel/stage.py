@@ -5,6 +5,7 @@ Every rank of a pipeline reads the same micro-batches itself (each stage needs t
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,13 +137,15 @@ def _run_recomputed(layer: nn.Module, state: State, batch: Batch) -> State:
     Layers may change their state in place, so the recomputation must start from the tensors, not from the state object.
     """
 
-    def run(x: Tensor | None, hidden: Tensor | None, soft: Tensor | None) -> tuple[Tensor | None, ...]:
-        out = layer(State(x=x, hidden=hidden, soft=soft), batch)
-        return out.x, out.hidden, out.soft, out.aux, out.loss, out.stats
+    context = state.context
+
+    def run(x: Tensor | None, hidden: Tensor | None, soft: Tensor | None) -> tuple[Any, ...]:
+        out = layer(State(x=x, hidden=hidden, soft=soft, context=context), batch)
+        return out.x, out.hidden, out.soft, out.aux, out.loss, out.stats, out.context
 
     # The streams are functions of (seed, position): there is no generator state to save and restore.
-    x, hidden, soft, aux, loss, stats = checkpoint(run, state.x, state.hidden, state.soft, use_reentrant=False, preserve_rng_state=False)
-    state.x, state.hidden, state.soft = x, hidden, soft
+    outputs = checkpoint(run, state.x, state.hidden, state.soft, use_reentrant=False, preserve_rng_state=False)
+    state.x, state.hidden, state.soft, aux, loss, stats, state.context = outputs
     state.loss = loss if loss is not None else state.loss
     if aux is not None:
         state.add_aux(aux)

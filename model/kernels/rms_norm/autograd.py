@@ -52,9 +52,7 @@ class AddDropoutRmsNormFunction(Function):
     """Saved: the sum, scale, rstd fp32 [N], and the keys int64 [B] where there is dropout."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, branch: Tensor, scale: Tensor, keys: Tensor | None, dropout: DropoutKey | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor, keys: Tensor | None, dropout: DropoutKey | None) -> tuple[Tensor, Tensor]:
         """[B, ..., D] twice, [D] -> the sum and its norm."""
         total, normed, rstd = launch_norm_fwd(x, branch, scale, dropout)
         ctx.save_for_backward(total, scale, rstd, keys)

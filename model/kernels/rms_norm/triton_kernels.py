@@ -218,7 +218,7 @@ def tile(width: int, *, has_dropout: bool) -> dict[str, int]:
     most = splitmix.LANES if has_dropout else 8  # 8 bf16 make a 16-byte access
     group = most if width % most == 0 else 1
     lines = triton.next_power_of_2(triton.cdiv(width, group))
-    return {"WIDTH": width, "BLOCK_W": lines, "GROUP": group, "num_warps": min(max(lines * group // 512, 1), 16)}
+    return {"WIDTH": width, "BLOCK_W": lines, "GROUP": group, "num_warps": min(max(lines * group // 256, 1), 16)}
 
 
 def num_backward_programs(num_rows: int) -> int:
