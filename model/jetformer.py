@@ -12,7 +12,7 @@ from model import init
 from model.batch import Batch
 from model.config import JetFormerConfig
 from model.decoder.block import Block
-from model.flow.coupling import Coupling, decode, encode
+from model.flow.coupling import Coupling, decode, encode, link_couplings
 from model.heads.loss import Head
 from model.kernels.config import KernelsConfig
 from model.layers import layer_specs
@@ -32,6 +32,7 @@ class JetFormer(nn.Module):
         by_kind = {kind: [module for k, module in built if k == kind] for kind, _ in built}
         self.patchify = cast(Patchify, by_kind["patchify"][0])
         self.couplings = nn.ModuleList(by_kind.get("coupling", []))
+        link_couplings(self.couplings)
         self.embed = cast(SequenceEmbedding, by_kind["embed"][0])
         self.blocks = nn.ModuleList(by_kind.get("block", []))
         self.head = cast(Head, by_kind["head"][0])

@@ -54,12 +54,20 @@ class SequenceEmbedding(nn.Module):
         self.image = Dense(config.gmm.soft_dim, config.decoder.width)
 
     def forward(self, state: State, batch: Batch) -> State:
-        """state.x [rows, I, C] -> state.hidden [B, S, D] and state.soft [B, I, d]; scores the factored-out dims."""
-        assert state.x is not None
-        soft, rest = state.x.split([self.config.gmm.soft_dim, state.x.shape[-1] - self.config.gmm.soft_dim], dim=-1)
+        """state.x or state.latents -> state.hidden [B, S, D] and state.soft [B, I, d]; scores the factored-out dims."""
+        soft_dim, frozen = self.config.gmm.soft_dim, None
+        if state.latents is None:
+            assert state.x is not None
+            z = state.x
+        else:
+            assert state.latents.reader is None
+            z, frozen = state.latents.trained[0], state.latents.frozen
+        soft, rest = z.split([soft_dim, z.shape[-1] - soft_dim], dim=-1)
+        if frozen is not None:  # of images without gradient nothing but the soft tokens is needed
+            soft = torch.cat([soft, frozen[0][..., :soft_dim]])
         result = State(aux=state.aux, stats=state.stats, outputs=state.outputs)
         if batch.score_all:
-            result.record("z", state.x)
+            result.record("z", z if frozen is None else torch.cat([z, frozen[0]]))
         self._score_rest(result, batch, rest)
         index, max_rows = gather_index(batch, self.config, self.tp)
         soft = gather_rows(soft, index.to(soft.device, non_blocking=True), max_rows, self.tp)

@@ -7,10 +7,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from model.decoder.context import DecoderContext
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """What a coupling leaves. Images with and without gradient stay apart (model.flow.rows): no coupling copies them together."""
+
+    trained: tuple[Tensor, ...]
+    """fp32: one tensor [rows, I, C]; or two halves [rows, I, C/2], permuted for `reader`."""
+    frozen: tuple[Tensor, ...] | None = None
+    """Likewise, without gradient."""
+    reader: nn.Module | None = None
+    """The one coupling that can read the halves."""
+
+    def joined(self) -> Tensor:
+        """[rows, I, C], the trained images first."""
+        assert self.reader is None, "the latents stand in the order of the next coupling"
+        return self.trained[0] if self.frozen is None else torch.cat([self.trained[0], self.frozen[0]])
 
 
 @dataclass(slots=True)
@@ -18,7 +35,9 @@ class State:
     """Before `embed` the flow's latents; after it hidden states with the soft tokens that the last layer scores."""
 
     x: Tensor | None = None
-    """fp32 [rows, I, C], this tensor-parallel rank's images (model.flow.rows)."""
+    """fp32 [rows, I, C], this tensor-parallel rank's images (model.flow.rows): from `patchify`, and across an edge."""
+    latents: Latents | None = None
+    """After a coupling, in place of x."""
     hidden: Tensor | None = None
     """[B, S, D]."""
     soft: Tensor | None = None
@@ -34,6 +53,11 @@ class State:
     """Per-example results, where a batch asks for all scores."""
     context: "DecoderContext | None" = None
     """What the decoder's blocks share (masks, tables): set by the first of a stage, never sent to another one."""
+
+    def join_latents(self) -> None:
+        """Latents as x, for an edge."""
+        if self.latents is not None:
+            self.x, self.latents = self.latents.joined(), None
 
     def add_aux(self, term: Tensor) -> None:
         """Adds a local loss term."""

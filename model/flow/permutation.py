@@ -3,6 +3,8 @@
 The reference multiplies by 0/1 matrices; here they are index vectors, seeded, stored as buffers and in checkpoints.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,28 @@ def build_permutation(kind: str, index: int, config: FlowConfig, image: ImageCon
     if inverted:
         second = 1 - second
     return torch.argsort(second, stable=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A permutation of C channels, y = x[index] and x = y[inverse]: int32 [C] each."""
+
+    index: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def identity(size: int, device: torch.device) -> "Order":
+        """The permutation that changes nothing."""
+        index = torch.arange(size, dtype=torch.int32, device=device)
+        return Order(index, index)
+
+    @staticmethod
+    def between(source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor] | None) -> "Order":
+        """From x[p] to x[q], or to x: `source` is (p, inverse of p), `target` (q, inverse of q). Waits for no device."""
+        permutation, inverse = source
+        if target is not None:
+            return Order(inverse[target[0]].int(), target[1][permutation].int())
+        return Order(inverse.int(), permutation.int())
 
 
 def invert(permutation: Tensor) -> Tensor:

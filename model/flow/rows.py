@@ -16,7 +16,7 @@ from model.parallel import TensorParallel
 
 @dataclass(frozen=True, slots=True)
 class FlowRows:
-    """Half-open ranges of batch rows. The local state x holds the trained rows, then the frozen ones."""
+    """Half-open ranges of batch rows. State.x holds the trained rows, then the frozen ones."""
 
     trained: tuple[int, int]
     """Rows with gradient, never empty: a rank with none of its own takes row 0 with weight zero, so that every parameter
@@ -59,6 +59,10 @@ class FlowRows:
     def num_rows(self) -> int:
         """Rows of the local state."""
         return self.num_trained + self.num_frozen
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [num_rows, ...] -> (trained rows, frozen ones without gradient if there are any), as views."""
+        return x[: self.num_trained], x[self.num_trained :].detach() if self.num_frozen else None
 
     def local_index(self, device: torch.device) -> Tensor:
         """int64 [num_rows]: the batch row of each local row."""

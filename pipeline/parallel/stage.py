@@ -5,7 +5,6 @@ Every rank of a pipeline reads the same micro-batches itself (each stage needs t
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from model.batch import Batch
 from model.config import JetFormerConfig
+from model.flow.coupling import link_couplings
 from model.jetformer import JetFormer
 from model.layers import LayerSpec
-from model.state import State, attach_aux, pack, unpack
+from model.state import Latents, State, attach_aux, pack, unpack
 from model.stats import METRICS
 
 
@@ -71,6 +71,7 @@ class PipelineStage(nn.Module):
             layer = spec.build()
             _add_under_name(self, spec.name, layer)
             self._layers.append(layer)
+        link_couplings(self._layers)
 
     def forward(self, edge: Tensor) -> Tensor:
         """Runs the next micro-batch; the first stage ignores `edge`."""
@@ -96,6 +97,7 @@ class PipelineStage(nn.Module):
                 state = _run_recomputed(layer, state, batch)
             else:
                 state = layer(state, batch)
+        state.join_latents()
         return state
 
     def pack(self, state: State) -> Tensor:
@@ -134,23 +136,26 @@ class StatsSink:
 def _run_recomputed(layer: nn.Module, state: State, batch: Batch) -> State:
     """One layer under non-reentrant checkpointing.
 
-    Layers may change their state in place, so the recomputation must start from the tensors, not from the state object.
+    Layers may change their state in place, so the recomputation must start from the tensors, not from the state object. Images
+    without gradient go through once: the recomputation leaves them out, and nothing keeps them for it.
     """
+    context, latents = state.context, state.latents or Latents(())
+    frozen, reader = latents.frozen, latents.reader
 
-    context = state.context
-
-    def run(x: Tensor | None, hidden: Tensor | None, soft: Tensor | None) -> tuple[Any, ...]:
-        out = layer(State(x=x, hidden=hidden, soft=soft, context=context), batch)
-        return out.x, out.hidden, out.soft, out.aux, out.loss, out.stats, out.context
+    def run(x: Tensor | None, hidden: Tensor | None, soft: Tensor | None, *trained: Tensor) -> State:
+        nonlocal frozen
+        inside, frozen = Latents(trained, frozen, reader) if trained else None, None
+        out: State = layer(State(x=x, latents=inside, hidden=hidden, soft=soft, context=context), batch)
+        return out
 
     # The streams are functions of (seed, position): there is no generator state to save and restore.
-    outputs = checkpoint(run, state.x, state.hidden, state.soft, use_reentrant=False, preserve_rng_state=False)
-    state.x, state.hidden, state.soft, aux, loss, stats, state.context = outputs
-    state.loss = loss if loss is not None else state.loss
-    if aux is not None:
-        state.add_aux(aux)
-    if stats is not None:
-        state.stats = stats if state.stats is None else state.stats + stats
+    out = checkpoint(run, state.x, state.hidden, state.soft, *latents.trained, use_reentrant=False, preserve_rng_state=False)
+    state.x, state.latents, state.hidden, state.soft, state.context = out.x, out.latents, out.hidden, out.soft, out.context
+    state.loss = out.loss if out.loss is not None else state.loss
+    if out.aux is not None:
+        state.add_aux(out.aux)
+    if out.stats is not None:
+        state.stats = out.stats if state.stats is None else state.stats + out.stats
     return state
 
 

@@ -171,15 +171,15 @@ def run_steps(engine: Engine, steps: Sequence[int], record: Record, checkpoint_a
 
 def counting_flow_backwards(record: Record) -> Any:
     """Counts the backward passes that go through the first coupling."""
-    forward = Coupling.transform
+    forward = Coupling.advance
 
-    def counted(self: Coupling, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        y, logdet, raw_scale = forward(self, x)
-        if y.requires_grad and getattr(self, "counts", False):
-            y.register_hook(lambda grad: setattr(record, "flow_backwards", record.flow_backwards + 1))
-        return y, logdet, raw_scale
+    def counted(self: Coupling, *args: Any) -> Any:
+        out, logdet, raw_scale = forward(self, *args)
+        if out[0].requires_grad and getattr(self, "counts", False):
+            out[0].register_hook(lambda grad: setattr(record, "flow_backwards", record.flow_backwards + 1))
+        return out, logdet, raw_scale
 
-    return mock.patch.object(Coupling, "transform", counted)
+    return mock.patch.object(Coupling, "advance", counted)
 
 
 def watching_edges(record: Record) -> Any:

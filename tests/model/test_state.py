@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.state import State, attach_aux, pack, unpack
+from model.state import Latents, State, attach_aux, pack, unpack
 
 
 def states(dtype: torch.dtype) -> State:
@@ -33,6 +33,17 @@ def test_soft_tokens_cross_the_edge_bit_exactly_both_ways(dtype):
 def test_a_flow_edge_is_the_latents():
     state = State(x=torch.randn(2, 4, 12))
     assert torch.equal(unpack(pack(state), flow=True, width=5, num_tokens=4, soft_dim=3).x, state.x)
+
+
+def test_latents_join_for_an_edge():
+    trained, frozen = torch.randn(2, 4, 12), torch.randn(1, 4, 12)
+    state = State(latents=Latents((trained,), (frozen,)))
+    state.join_latents()
+    assert state.latents is None
+    assert torch.equal(pack(state), torch.cat([trained, frozen]))
+    alone = State(latents=Latents((trained,)))
+    alone.join_latents()
+    assert alone.x is trained
 
 
 def test_attached_terms_get_the_stated_gradient_and_leave_the_edge_alone():

@@ -23,7 +23,7 @@ def affine_coupling(
 def affine_coupling_inverse(first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
     """As `interface.affine_coupling_inverse`, fp32, without gradients."""
     out, out_first, out_second = _outputs(first, joined)
-    triton_kernels.launch_fwd(*map(_rows, (first, second, shift, raw_scale)), _index(order), out_first, out_second, None)
+    triton_kernels.launch_fwd(_rows(first), _rows(second), _rows(shift), _rows(raw_scale), _index(order), out_first, out_second, None)
     return out
 
 
@@ -34,7 +34,7 @@ class _AffineCoupling(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         out, out_first, out_second = _outputs(first, joined)
         logdet = torch.empty(first.numel() // first.shape[-1], dtype=first.dtype, device=first.device)  # of each row
-        triton_kernels.launch_fwd(*map(_rows, (first, second, shift, raw_scale)), _index(order), out_first, out_second, logdet)
+        triton_kernels.launch_fwd(_rows(first), _rows(second), _rows(shift), _rows(raw_scale), _index(order), out_first, out_second, logdet)
         # x2 and the parameters, 3h floats of a row. The outputs in their place would be 2h and the whole parameters, of which a is a part.
         ctx.save_for_backward(second, shift, raw_scale, inverse_order)
         ctx.joined = joined
@@ -45,8 +45,9 @@ class _AffineCoupling(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         second, shift, raw_scale, inverse_order = ctx.saved_tensors
         *d_out, d_logdet = gradients
-        halves = _rows(d_out[0]).chunk(2, dim=-1) if ctx.joined else map(_rows, d_out)
-        d_first, d_params = triton_kernels.launch_bwd(*halves, d_logdet.contiguous(), *map(_rows, (second, shift, raw_scale)), _index(inverse_order))
+        d_first, d_second = _rows(d_out[0]).chunk(2, dim=-1) if ctx.joined else map(_rows, d_out)
+        inputs = _rows(second), _rows(shift), _rows(raw_scale)
+        d_first, d_params = triton_kernels.launch_bwd(d_first, d_second, d_logdet.contiguous(), *inputs, _index(inverse_order))
         d_shift, d_raw_scale = d_params.view(*second.shape[:-1], -1).chunk(2, dim=-1)
         # d(x2 + b)/dx2 = d(x2 + b)/db: the same numbers in the same memory.
         return d_first.view(second.shape), d_shift.view(second.shape), d_shift, d_raw_scale, None, None, None

@@ -3,12 +3,14 @@
 import itertools
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model import init
+from model.flow.coupling import Coupling
 from model.jetformer import JetFormer, build_jetformer
 from model.layers import layer_specs
 from model.stats import METRICS
@@ -80,6 +82,23 @@ def test_couplings_and_blocks_are_recomputed_once_and_nothing_else_is() -> None:
         stage.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: calls.update([name]))
     backward_through([stage], 1)
     assert calls == {spec.name: 2 if spec.kind in ("coupling", "block") else 1 for spec in stage.specs}
+
+
+def test_images_without_gradient_pass_the_flow_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under recomputation, whether they come as the latents of a coupling, from `patchify` or over an edge."""
+    stages = build_stages(4, recompute=True)
+    assert sum(any(spec.kind == "coupling" for spec in stage.specs) for stage in stages) > 1
+    calls: Counter[bool] = Counter()
+    advance = Coupling.advance
+
+    def counted(self: Coupling, *args: Any) -> Any:
+        calls[torch.is_grad_enabled()] += 1
+        return advance(self, *args)
+
+    monkeypatch.setattr(Coupling, "advance", counted)
+    backward_through(stages, 1)
+    depth = CONFIG.model.flow.depth
+    assert calls == {True: 2 * depth, False: depth}
 
 
 def test_metric_sums_do_not_count_recomputed_layers_twice() -> None:
