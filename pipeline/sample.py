@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
-from model.generate.images import CfgRule, ImageSampling, sample_images
+from model.generate.images import CfgRule, ImageSampling, Loop, sample_images
 from model.jetformer import JetFormer
 from pipeline.config import RunConfig, SamplingConfig
 from pipeline.data.text import TextCodec
@@ -41,19 +41,21 @@ def draw_images(
     *,
     settings: ImageSampling,
     batch_size: int = BATCH_SIZE,
+    loop: Loop = "auto",
     progress: bool = True,
 ) -> Tensor:
     """One image per prompt; image i depends on the seed, i and prompt i, not on the others.
 
     Args:
         prompts: captions, or class labels in decimal, as the codec takes them.
+        loop: see `model.generate.images.Loop`.
         progress: show a bar on stderr.
 
     Returns:
         uint8 [N, H, W, channels] on the CPU.
 
     Raises:
-        UserError: a prompt that the codec refuses.
+        UserError: a prompt that the codec refuses, or a `loop` that cannot run here.
     """
     device, encoded = next(model.parameters()).device, codec.encode(prompts)
     if encoded.cut.any():
@@ -67,7 +69,8 @@ def draw_images(
     with tqdm(total=num_batches * model.config.image.num_tokens, desc="sampling", unit="token", disable=not progress, leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
-            images.append(sample_images(model, ids[some], mask[some], settings=settings, positions=positions[some], on_token=bar.update).cpu())
+            drawn = sample_images(model, ids[some], mask[some], settings=settings, positions=positions[some], loop=loop, on_token=bar.update)
+            images.append(drawn.cpu())
     image = model.config.image
     return torch.cat(images) if images else torch.zeros(0, image.resolution, image.resolution, image.channels, dtype=torch.uint8)
 
@@ -93,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({**record, "images": len(every), "output": str(output)}, indent=1, ensure_ascii=False))
         return 0
     trained = open_trained(arguments.source, ema=arguments.ema, device=arguments.device)
-    images = draw_images(trained.model, codec, every, settings=settings, batch_size=arguments.batch_size)
+    images = draw_images(trained.model, codec, every, settings=settings, batch_size=arguments.batch_size, loop=arguments.loop)
     columns = arguments.num_per_prompt if arguments.num_per_prompt > 1 else None
     _write(output, encode_png(image_grid(images, num_columns=columns)))
     if arguments.save_images is not None:
@@ -121,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="samples.png", metavar="GRID.png", help="default: samples.png")
     parser.add_argument("--save-images", metavar="DIR", help="also write every image by itself, as 00000.png, 00001.png, ...")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"images at a time (default {BATCH_SIZE}); does not change the images")
+    parser.add_argument(
+        "--loop",
+        choices=get_args(Loop),
+        default="auto",
+        help="replay each step from a CUDA graph, or not (default: on CUDA, where the rule allows it)",
+    )
     add_model_arguments(parser)
     return parser
 

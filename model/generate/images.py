@@ -114,7 +114,7 @@ def sample_soft_tokens(
     sampler.draw(hidden)
     report()
     if has_graph:
-        replay_steps(sampler.step, num_steps, on_step=report, required=loop == "graph")
+        replay_steps(sampler.step, num_steps, on_step=report, device=text.device, required=loop == "graph")
     else:
         run_steps(sampler.step, num_steps, on_step=report)
     return sampler.tokens
@@ -137,7 +137,6 @@ class _TokenSampler:
 
     def __init__(self, decoder: StaticDecoder, settings: ImageSampling, positions: Tensor) -> None:
         self._decoder, self._settings, self._positions = decoder, settings, positions
-        self._impl = decoder.model.block(0).kernels.mixture_sample
         config = decoder.model.config
         num_tokens, size, soft_dim = config.image.num_tokens, len(positions), config.gmm.soft_dim
         self.tokens = torch.zeros(size, num_tokens, soft_dim, device=positions.device)
@@ -160,10 +159,10 @@ class _TokenSampler:
         head, index = self._decoder.model.head.gmm, self._decoder.index
         if self._settings.closed_form is None:
             draws = TokenDraws(self._settings.seed, self._positions, index.expand(len(self._positions)))
-            token = draw_token(head, hidden, self._settings, draws, impl=self._impl)
+            token = draw_token(head, hidden, self._settings, draws)
         else:
             uniform, noise = (x.index_select(0, index)[0] for x in (self._uniform, self._noise))
-            token = _draw_at_once(head, hidden, self._settings, uniform, noise, impl=self._impl)
+            token = _draw_at_once(head, hidden, self._settings, uniform, noise)
         self.tokens.index_copy_(1, index, token[:, None])
 
 
@@ -184,27 +183,26 @@ def _read_captions(model: JetFormer, text: Tensor, text_mask: Tensor, *, uncondi
     return StaticDecoder(past, rows, steps=steps), hidden[rows]
 
 
-def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: TokenDraws, *, impl: str = "auto") -> Tensor:
+def draw_token(head: GmmHead, hidden: Tensor, settings: ImageSampling, draws: TokenDraws) -> Tensor:
     """One soft token per example: fp32 [B, d].
 
     The component is drawn first, from the conditional mixture, and only its 2d rows of the head are computed (spec 1.14).
 
     Args:
         hidden: [B, D], or with guidance [2B, D]: conditional and unconditional rows in turn.
-        impl: `kernels.mixture_sample`.
     """
     uniform = draws.uniform(Purpose.COMPONENT)
     if settings.closed_form is not None:
         noise = draws.normal(Purpose.NOISE, head.component_bias.shape[2:])
-        return _draw_at_once(head, hidden, settings, uniform, noise, impl=impl)
+        return _draw_at_once(head, hidden, settings, uniform, noise)
     component = _draw_component(head, hidden, settings, uniform)
     conditional, unconditional = component_gaussian(
-        hidden, head.component_weight, head.component_bias, component, temperature=settings.temperature, impl=impl
+        hidden, head.component_weight, head.component_bias, component, temperature=settings.temperature, impl=head.kernels.mixture_sample
     )
     return rejection_sample(conditional, unconditional, settings.cfg_scale, draws)
 
 
-def _draw_at_once(head: GmmHead, hidden: Tensor, settings: ImageSampling, uniform: Tensor, noise: Tensor, *, impl: str) -> Tensor:
+def _draw_at_once(head: GmmHead, hidden: Tensor, settings: ImageSampling, uniform: Tensor, noise: Tensor) -> Tensor:
     """A token from its random numbers: uniform [B] for the component, normal [B, d] within its Gaussian."""
     assert settings.closed_form is not None
     return mixture_sample(
@@ -216,7 +214,7 @@ def _draw_at_once(head: GmmHead, hidden: Tensor, settings: ImageSampling, unifor
         cfg_scale=settings.cfg_scale,
         cfg_rule=settings.closed_form,
         temperature=settings.temperature,
-        impl=impl,
+        impl=head.kernels.mixture_sample,
     )
 
 

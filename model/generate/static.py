@@ -87,7 +87,7 @@ def run_steps(step: Callable[[], object], count: int, *, on_step: Callable[[], o
         on_step()
 
 
-def replay_steps(step: Callable[[], object], count: int, *, on_step: Callable[[], object], required: bool) -> None:
+def replay_steps(step: Callable[[], object], count: int, *, on_step: Callable[[], object], device: torch.device, required: bool) -> None:
     """As `run_steps`, with all but the first steps replayed from a CUDA graph of one: the host then launches one graph per step.
 
     The first steps run as they are and warm up the libraries, so nothing is computed in vain. The graph lives as long as this call:
@@ -96,10 +96,11 @@ def replay_steps(step: Callable[[], object], count: int, *, on_step: Callable[[]
     Args:
         step: reads and writes the same tensors each time and never waits for the device.
         on_step: called after each step, at most one step ahead of the device.
+        device: of the step.
         required: raise where the step cannot be recorded; otherwise warn, and run it as it is.
     """
-    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(before)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     warm_up = min(_WARM_UP_STEPS, count)
     with torch.cuda.stream(stream):
         run_steps(step, warm_up, on_step=on_step)

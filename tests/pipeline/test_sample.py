@@ -105,3 +105,10 @@ def test_no_prompt_at_all_is_explained(tiny_config, write_run, tmp_path):
 def test_missing_gpu_is_explained(tiny_run):
     with pytest.raises(UserError, match="no CUDA device"):
         main([str(tiny_run), "--device", "cuda"])
+
+
+def test_a_graph_where_there_can_be_none_is_refused(tiny_run, tmp_path):
+    arguments = [str(tiny_run), "--prompt", "a red circle", "--device", "cpu", "--output", str(tmp_path / "grid.png")]
+    with pytest.raises(UserError, match="loop=graph"):
+        main([*arguments, "--loop", "graph"])
+    assert main([*arguments, "--loop", "eager"]) == 0

@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.generate.draws import Purpose, TokenDraws, categorical
+from model.generate.draws import Purpose, TokenDraws, all_tokens, categorical
 
 
 def test_categorical_follows_the_softmax():
@@ -49,3 +49,17 @@ def test_draws_differ_by_purpose_token_chunk_seed_and_sample_only():
     ]
     for other in others:
         assert not torch.isclose(other, reference).any()
+
+
+def test_draws_of_all_tokens_at_once_are_those_of_each():
+    positions = torch.tensor([4, 0, 9])
+    every = all_tokens(3, positions, 6)
+    uniform, normal = every.uniform(Purpose.COMPONENT).view(6, 3), every.normal(Purpose.NOISE, (5,)).view(6, 3, 5)
+    for token in range(6):
+        alone = TokenDraws(3, positions, token)
+        assert torch.equal(uniform[token], alone.uniform(Purpose.COMPONENT))
+        assert torch.equal(normal[token], alone.normal(Purpose.NOISE, (5,)))
+        device_token = TokenDraws(3, positions, torch.full((3,), token))
+        rows = torch.tensor([2, 0])
+        chunk = alone.rows(rows).normal(Purpose.PROPOSAL, (2,), chunk=7)
+        assert torch.equal(device_token.rows(rows).normal(Purpose.PROPOSAL, (2,), chunk=7), chunk)

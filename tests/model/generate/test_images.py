@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from model.generate.draws import Purpose, TokenDraws, categorical
-from model.generate.guidance import Gaussian, analytic, clipped
+from model.generate.guidance import Gaussian, analytic, clipped, rejection_sample
 from model.generate.images import ImageSampling, decode_images, draw_token, sample_images, sample_soft_tokens
+from model.kernels.config import KernelsConfig
+from model.kernels.dispatch import is_interpreting
 from model.patchify import patchify, to_uint8, unpatchify
 from model.sequence import image_slice
 
@@ -109,7 +111,8 @@ def test_guidance_at_temperature_0_takes_the_guided_mean(rule, small_model):
     if rule == "rejection":
         return
     component = categorical(small_model.head.gmm.mixture_logits(hidden[::2]), draws.uniform(Purpose.COMPONENT))
-    pair = [Gaussian(*small_model.head.gmm.component(rows, component)) for rows in (hidden[::2], hidden[1::2])]
+    mixture, rows = small_model.head.gmm.mixture(hidden), torch.arange(3)
+    pair = [Gaussian(mixture.loc[i::2][rows, component], mixture.scale[i::2][rows, component]) for i in (0, 1)]
     expected = (analytic if rule == "analytic" else clipped)(*pair, settings.cfg_scale).loc
     torch.testing.assert_close(cold, expected.detach(), rtol=1e-4, atol=1e-4)
 
@@ -160,6 +163,29 @@ def test_progress_is_reported_once_per_token(small_model):
     calls = []
     sample_images(small_model, text, mask, settings=PLAIN, on_token=calls.append)
     assert sum(calls) == small_model.config.image.num_tokens
+
+
+@pytest.mark.parametrize("settings", RULES, ids=["plain", "analytic", "clipped", "rejection"])
+def test_a_token_is_what_the_whole_mixture_holds_at_the_drawn_component(settings, small_model):
+    """The kernel draws what plain torch does, from 2d rows of the head in place of all."""
+    head = small_model.head.gmm
+    hidden = torch.randn(12, small_model.config.decoder.width, generator=torch.Generator().manual_seed(0))
+    copies = 2 if settings.cfg_scale else 1
+    draws = TokenDraws(1, torch.arange(12 // copies), 7)
+    with torch.no_grad():
+        mixture = head.mixture(hidden)
+        rows, logits = torch.arange(12 // copies), mixture.logits[::copies] * settings.temperature_probs
+        component = categorical(logits, draws.uniform(Purpose.COMPONENT))
+        pair = [Gaussian(mixture.loc[i::copies][rows, component], mixture.scale[i::copies][rows, component] * 0.9) for i in range(copies)]
+        if settings.cfg_rule == "rejection":
+            expected = rejection_sample(*pair, settings.cfg_scale, draws)
+        else:
+            rule = clipped if settings.cfg_rule == "clipped" else analytic
+            gaussian = rule(*pair, settings.cfg_scale) if copies == 2 else pair[0]
+            expected = gaussian.at(draws.normal(Purpose.NOISE, (small_model.config.gmm.soft_dim,)))
+        for impl in ("reference", "triton") if is_interpreting() else ("reference",):
+            head.kernels = KernelsConfig(mixture_sample=impl)
+            torch.testing.assert_close(draw_token(head, hidden, settings, draws), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("field", "value"), [("cfg_scale", -1.0), ("temperature", -0.1), ("cfg_rule", "magic")])
