@@ -38,6 +38,8 @@ class Finding:
     adds: str = ""
     """What an optional part would bring."""
     fix: str = ""
+    section: str = ""
+    """Heading under which the report shows it; empty for the first, which has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +86,21 @@ LIBRARIES = (
     Library(
         distribution="scikit-learn", probe="import sklearn.datasets", required=False, adds="`jetway demo`: its digits and their judge", extra="demo"
     ),
-    Library(distribution="triton", probe="import triton", required=False, adds="fused GPU kernels", extra="gpu"),
-    Library(
-        distribution="transformer-engine",
-        probe="import transformer_engine.pytorch",
-        required=False,
-        adds="FP8 on Hopper and newer GPUs",
-    ),
-    Library(distribution="flash-attn", probe="import flash_attn", required=False, adds="attention kernels beside those of torch"),
-    Library(distribution="liger-kernel", probe="import liger_kernel", required=False, adds="fused losses and norms to compare ours with"),
+    Library(distribution="triton", probe="import triton", required=False, adds="the fused GPU kernels of model/kernels", extra="gpu"),
+    Library(distribution="liger-kernel", probe="import liger_kernel.ops.geglu", required=False, adds="its GeGLU kernel (kernels.geglu=liger)"),
 )
 
-_APEX_PROBE = "from apex.optimizers import FusedAdam\nimport fused_weight_gradient_mlp_cuda"
+_APEX_PROBE = "import torch, amp_C\nfrom apex.optimizers import FusedAdam\nimport fused_weight_gradient_mlp_cuda"
+_APEX_BUILD = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex"
+
+_KERNELS_PROBE = f"""
+import dataclasses, json, sys
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+import torch
+from model.kernels.dispatch import explain
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+print('detail:', json.dumps([device, [dataclasses.asdict(choice) for choice in explain(device, torch.bfloat16)]]))
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
                     "shared memory",
                     "cpu",
                     "git",
+                    "kernels",
                 ]
             )
         )
@@ -133,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
 def examine(folder: Path) -> list[Finding]:
     """All findings, in the order of the report; `folder` is where runs would be written."""
     specifiers = _required_versions()
-    checks: list[Callable[[], Finding]] = [
+    checks: list[Callable[[], Finding | list[Finding]]] = [
         _python,
         *(lambda library=library: examine_library(library, specifiers.get(library.distribution)) for library in LIBRARIES),
         _apex,
@@ -143,9 +149,13 @@ def examine(folder: Path) -> list[Finding]:
         _shared_memory,
         _cpu,
         _git,
+        _kernels,
     ]
+    findings: list[Finding] = []
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda check: check(), checks))
+        for found in pool.map(lambda check: check(), checks):
+            findings += found if isinstance(found, list) else [found]
+    return findings
 
 
 def examine_library(library: Library, requirement: Requirement | None) -> Finding:
@@ -196,16 +206,16 @@ def _python() -> Finding:
 
 def _apex() -> Finding:
     """By symbol: the package index holds an unrelated `apex`, so that the name alone proves nothing."""
-    adds = "FusedAdam and fused weight gradients"
+    adds = "FusedAdam, weight gradients added inside the product under tensor parallelism, and an RMSNorm to compare with"
     _, error = probe(_APEX_PROBE)
     if not error:
         return Finding(name="apex", status="ok", detail="FusedAdam, fused_weight_gradient_mlp_cuda", adds=adds)
     try:
         version = importlib.metadata.version("apex")
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name="apex", status="absent", detail="not installed", adds=adds, fix="build it from NVIDIA's repository")
+        return Finding(name="apex", status="absent", detail="not installed", adds=adds, fix=_APEX_BUILD)
     detail = f"{version} is another package of that name, or built without its CUDA extensions ({error})"
-    return Finding(name="apex", status="note", detail=detail, adds=adds, fix="pip uninstall apex, then build NVIDIA's from its repository")
+    return Finding(name="apex", status="note", detail=detail, adds=adds, fix=f"pip uninstall apex, then {_APEX_BUILD}")
 
 
 def _gpu_driver() -> Finding:
@@ -270,11 +280,28 @@ def _git() -> Finding:
     return Finding(name="git", status="ok", detail=done.stdout.strip())
 
 
+def _kernels() -> list[Finding]:
+    """What `kernels.*=auto` takes here for each operation in a bf16 run, and what stood in the way of something better."""
+    answer, error = probe(_KERNELS_PROBE)
+    if error:
+        return [Finding(name="kernels", status="note", detail=f"cannot be told: {error}")]
+    device, choices = json.loads(answer)
+    section = f"kernels (this machine: {device}, bf16), as kernels.*=auto chooses them"
+    return [
+        Finding(name=choice["operation"], status="ok", detail=f"{choice['implementation']}: {choice['reason']}", section=section)
+        for choice in choices
+    ]
+
+
 def _report(findings: Sequence[Finding]) -> str:
     marks = {"ok": "ok    ", "absent": "absent", "note": "note  ", "wrong": "WRONG "}
     width = max(len(finding.name) for finding in findings)
     lines = []
+    section = ""
     for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            lines += ["", section]
         lines.append(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.detail}")
         if finding.adds and finding.status != "ok":
             lines.append(f"{'':8}{'':<{width}}  would add: {finding.adds}")

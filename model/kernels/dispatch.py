@@ -235,7 +235,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "optimizer": (
         Implementation("apex", "one multi-tensor kernel", _apex("apex.optimizers.FusedAdam", "amp_C.multi_tensor_adam")),
-        Implementation("torch", "torch's fused AdamW, one kernel per group", _nothing),
+        Implementation("torch", "one kernel per group of weights; part of torch", _nothing),
         Implementation("deepspeed", "one multi-tensor kernel, compiled at the first start", _deepspeed),
     ),
     "gradient_accumulation_fusion": (
