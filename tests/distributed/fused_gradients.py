@@ -6,6 +6,7 @@ stands in, found through PYTHONPATH as the extension would be. It rounds its pro
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ NUM_STEPS = 3
 
 def run(layout: Layout, *, fused: bool, recompute: bool) -> dict[str, object]:
     """What a run computes, and how many products were fused."""
-    import fused_weight_gradient_mlp_cuda as stand_in
+    stand_in = importlib.import_module("fused_weight_gradient_mlp_cuda")
 
     config = scenario_config("bf16", layout.tensor, layout.pipe)
     if recompute:
