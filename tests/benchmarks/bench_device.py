@@ -20,6 +20,7 @@ import torch
 from pipeline.metrics import known_peak_tflops
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+"""Turns of a comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,10 @@ class Device:
         del result
         return max(peak, 0)
 
+    def held_bytes(self) -> int:
+        """Memory held now: of this process's resident pages here, allocated by torch on CUDA."""
+        return _status_bytes("VmRSS")
+
     def total_bytes(self) -> int:
         """Memory of the device."""
         return _meminfo_bytes("MemTotal")
@@ -119,14 +124,16 @@ class Device:
         """Dense bf16 peak that the maker states."""
         return None
 
-    def compare(self, actions: Mapping[str, Callable[[], object]], *, seconds: float, warm_up: int = 2) -> dict[str, Timing]:
-        """Times of each action, turn by turn, for about `seconds` in all and at least five rounds."""
+    def compare(
+        self, actions: Mapping[str, Callable[[], object]], *, seconds: float, warm_up: int = 2, at_least: int = MIN_ROUNDS
+    ) -> dict[str, Timing]:
+        """Times of each action, turn by turn, for about `seconds` in all and `at_least` so many rounds."""
         once = 0.0
         for action in actions.values():
             for _ in range(warm_up):
                 once_more = self.seconds(action)
             once += once_more
-        rounds = int(min(max(seconds / max(once, 1e-6), MIN_ROUNDS), MAX_ROUNDS))
+        rounds = int(min(max(seconds / max(once, 1e-6), at_least), MAX_ROUNDS))
         found: dict[str, list[float]] = {name: [] for name in actions}
         for turn in range(rounds):
             names = list(actions) if turn % 2 == 0 else list(reversed(actions))
@@ -134,9 +141,9 @@ class Device:
                 found[name].append(self.seconds(actions[name]))
         return {name: Timing(tuple(values)) for name, values in found.items()}
 
-    def time(self, action: Callable[[], object], *, seconds: float) -> Timing:
+    def time(self, action: Callable[[], object], *, seconds: float, warm_up: int = 2) -> Timing:
         """Times of one action."""
-        return self.compare({"": action}, seconds=seconds)[""]
+        return self.compare({"": action}, seconds=seconds, warm_up=warm_up)[""]
 
     @cached_property
     def peaks(self) -> Peaks:
@@ -179,9 +186,10 @@ class CudaDevice(Device):
         torch.cuda.synchronize()
 
     def seconds(self, action: Callable[[], object]) -> float:
-        """One call, between two events; the flush before it gives the host a head start of some 100 us for its launches."""
+        """One call, between two events; flush and sleep before it give the host a head start of half a millisecond for its launches."""
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._flush_buffer.zero_()
+        torch.cuda._sleep(800_000)  # clock cycles; of torch's own tests
         start.record()
         action()
         stop.record()
@@ -204,6 +212,10 @@ class CudaDevice(Device):
         peak = torch.cuda.max_memory_allocated() - before
         del result
         return peak
+
+    def held_bytes(self) -> int:
+        """Memory held now."""
+        return torch.cuda.memory_allocated()
 
     def total_bytes(self) -> int:
         """Memory of the device."""

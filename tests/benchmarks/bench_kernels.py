@@ -61,7 +61,7 @@ def measure_head(context: Context, section: Section, problem: HeadProblem, *, wi
     names = implementations(problem.name, device)
     section.text("shape", f"`{problem.name}`, forward and backward: {problem.shape}.")
     for name in names:
-        section.text(f"check {name}", f"- {name}: {problem.check(name)}")
+        section.item("checks", f"{name}: {problem.check(name)}")
         problem.forget_gradients()
         device.release()
     rows: list[list[str]] = []

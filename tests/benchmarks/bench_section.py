@@ -39,6 +39,10 @@ class Section:
         """A table; the same key replaces it, as rows are added."""
         self.text(key, *table(head, rows))
 
+    def item(self, key: str, line: str) -> None:
+        """One more item of a list."""
+        self.text(key, *self.blocks.get(key, []), f"- {line}")
+
     def bar(self, what: str, *, aim: float, found: float, at_least: bool, unit: str) -> None:
         """An aim and what was found."""
         self.bars.append(Bar(what=what, aim=aim, found=found, at_least=at_least, unit=unit))

@@ -1,0 +1,118 @@
+"""Sampling with guidance: images/s of whole images, captions to pixels, by batch size and by how the steps are launched.
+
+python -m tests.benchmarks.bench_sampling [--small]
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.config import JetFormerConfig
+from model.generate.images import ImageSampling, decode_images, sample_images, sample_soft_tokens
+from model.generate.prefix import row_positions
+from model.jetformer import JetFormer
+from model.kernels.config import KernelsConfig
+from tests.benchmarks.bench_device import Device, gibibytes
+from tests.benchmarks.bench_runner import main
+from tests.benchmarks.bench_section import Context, Section
+from tests.benchmarks.bench_step_loop import REFERENCE, fill, miniature, published
+
+SETTINGS = ImageSampling(cfg_scale=6.0, cfg_rule="clipped", temperature=0.96)
+EARLY_TOKENS = 8
+"""Compared between two ways to run; later ones differ for good after one draw that rounding decided otherwise."""
+SAME = 0.05
+"""Relative difference of an image's early tokens below which they count as the same, in bf16."""
+HEAD = [
+    "model",
+    "batch",
+    "how",
+    "median s",
+    "fastest s",
+    "spread",
+    "images/s",
+    "ms a token",
+    "inverse flow s",
+    "peak memory",
+    "images as first row's",
+]
+
+
+def sampling(context: Context, section: Section) -> None:
+    """350m in each way, 1p3b in the best."""
+    device = context.device
+    batches = (1, 4) if context.small else (1, 16, 256)
+    section.text("what", f"Guidance {SETTINGS.cfg_scale:g} (two rows per image), rule `{SETTINGS.cfg_rule}`, distinct captions, {device.dtype}.")
+    rows: list[list[str]] = []
+    for size in ("350m", "1p3b"):
+        config = miniature() if context.small else published(size)
+        model = build(config, device)
+        ways: dict[str, tuple[JetFormer, str]] = {"graph": (model, "graph")} if device.is_cuda else {}
+        if size == "350m":
+            plain = build(config, device, like=model)
+            ways = {"plain torch, eager": (plain, "eager"), "kernels, eager": (model, "eager"), **ways}
+        elif not ways:
+            ways = {"kernels, eager": (model, "eager")}
+        for batch in batches:
+            if rows and context.seconds_left < 15:
+                section.item("left out", f"{size}, batch {batch}: time ran out")
+                continue
+            rows += measure(context, size, config, batch, ways)
+            section.table("table", HEAD, rows)
+        device.release()
+    section.text("note", f"`images as first row's`: share whose first {EARLY_TOKENS} tokens are those of the first way at this batch, to {SAME:.0%}.")
+
+
+def build(config: JetFormerConfig, device: Device, *, like: JetFormer | None = None) -> JetFormer:
+    """A model in the dtype of the device; with `like`, its weights in plain torch."""
+    model = JetFormer(config, kernels=REFERENCE if like is not None else KernelsConfig())
+    if like is not None:
+        model.load_state_dict(like.state_dict(keep_vars=True), assign=True)
+        return model.to(device.device).eval()
+    model.to(device.device)
+    fill(model.named_parameters())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def measure(context: Context, size: str, config: JetFormerConfig, batch: int, ways: dict[str, tuple[JetFormer, str]]) -> list[list[str]]:
+    """Rows of one model at one batch size, all ways turn by turn."""
+    device = context.device
+    text = torch.randint(0, config.text.num_pieces, (batch, config.text.length), generator=torch.Generator().manual_seed(0)).to(device.device)
+    mask, positions = torch.ones_like(text, dtype=torch.bool), row_positions(batch, device.device)
+    first, same = None, {}
+    for name, (model, loop) in ways.items():
+        soft = sample_soft_tokens(model, text, mask, settings=SETTINGS, positions=positions, loop=loop)  # type: ignore[arg-type]
+        assert bool(soft.isfinite().all()), f"{name} at batch {batch}: not finite"
+        first = soft if first is None else first
+        same[name] = same_share(soft, first)
+        # A draw that rounding decides may fall either way; most do not hang on it.
+        assert batch == 1 or same[name] >= 0.5, f"{name} at batch {batch}: only {same[name]:.0%} of the images begin as the first way's; not timed"
+    draw = partial(sample_images, text=text, text_mask=mask, settings=SETTINGS, positions=positions)
+    actions: dict[str, Callable[[], object]] = {name: partial(draw, model, loop=loop) for name, (model, loop) in ways.items()}
+    assert first is not None
+    model = next(iter(ways.values()))[0]
+    held = device.held_bytes()
+    peaks = {name: held + device.peak_bytes(action) for name, action in actions.items()}
+    actions["inverse flow"] = lambda: decode_images(model, first, seed=0, positions=positions)
+    found = device.compare(actions, seconds=context.repeat_seconds(2.0), warm_up=1, at_least=3)
+    rows = []
+    for name in ways:
+        timing, flow = found[name], found["inverse flow"].median
+        tokens = 1e3 * (timing.median - flow) / config.image.num_tokens
+        times = [f"{timing.median:.3f}", f"{timing.fastest:.3f}", f"{timing.spread:.0%}", f"{batch / timing.median:.3g}"]
+        rows.append([size, f"{batch}", name, *times, f"{tokens:.2f}", f"{flow:.3f}", gibibytes(peaks[name]), f"{same[name]:.0%}"])
+    return rows
+
+
+def same_share(soft: Tensor, first: Tensor) -> float:
+    """Share of images whose early tokens agree: fp32 [B, I, d] twice."""
+    a, b = soft[:, :EARLY_TOKENS].flatten(1), first[:, :EARLY_TOKENS].flatten(1)
+    return float(((a - b).norm(dim=1) <= SAME * b.norm(dim=1)).float().mean())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], default=("sampling",), name="sampling", doc=__doc__))

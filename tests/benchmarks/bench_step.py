@@ -1,0 +1,244 @@
+"""A whole training step of the published image-text models: images/s, MFU, memory, and what each part contributes.
+
+    python -m tests.benchmarks.bench_step [--sections ablation,step-1p3b] [--small]
+
+MFU: model FLOPs of spec 1.13 (exact skips left out, no recomputation counted) over the dense peak measured in the same process.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from model.batch import Batch
+from model.config import JetFormerConfig
+from model.flops import training_flops
+from model.kernels.config import KernelsConfig
+from model.kernels.dispatch import choose
+from tests.benchmarks.bench_device import Device, Timing, gibibytes, share
+from tests.benchmarks.bench_engine import random_batches
+from tests.benchmarks.bench_runner import main
+from tests.benchmarks.bench_section import Context, Section, describe_error
+from tests.benchmarks.bench_step_loop import REFERENCE, PlainStep, Step, build_step, largest_micro_batch, miniature, published, run_config
+from tests.benchmarks.bench_step_profile import profile_step
+
+NAMES = ("ablation", "step-350m", "step-1p3b")
+MFU_AIM = 0.5
+MOST = 256
+"""Examples of the largest micro-batch that is tried."""
+SAME_LOSS, SAME_NORM = 0.01, 0.05
+"""How far two implementations may be apart in bf16, relatively: loss and gradient norm of one step."""
+STEP_HEAD = ["recomputation", "micro-batch", "median s", "fastest s", "spread", "images/s", "MFU", "MFU (data sheet)", "peak memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One configuration at one micro-batch size."""
+
+    timing: Timing
+    images: int
+    """Per step."""
+    peak_bytes: int
+    """In all: weights, optimiser, activations."""
+
+
+def step_350m(context: Context, section: Section) -> None:
+    """The 350m model through the engine."""
+    whole_step(context, section, "350m")
+
+
+def step_1p3b(context: Context, section: Section) -> None:
+    """The 1p3b model through the engine."""
+    whole_step(context, section, "1p3b")
+
+
+def whole_step(context: Context, section: Section, size: str) -> None:
+    """Largest micro-batch with and without recomputation, its speed, and a profile of the faster one."""
+    device, model = context.device, miniature() if context.small else published(size)
+    device.peaks  # noqa: B018 - measured before the memory is full
+    micro_batches = 2 if context.small else 4
+    config = run_config(context, model, micro_batches=micro_batches)
+    step = build_step(config, device)
+    flops = training_flops(model)
+    section.text(
+        "what", f"{step.name}; {micro_batches} micro-batches a step; {config.parallel.precision}; {flops / 1e9:.4g} GFLOP an image (spec 1.13)."
+    )
+    rows: list[list[str]] = []
+    best: tuple[float, bool, int] = (0.0, True, 1)
+    for recompute in (True, False):
+        step.stage.recompute = recompute
+        name = "full" if recompute else "none"
+        left = context.seconds_left * (0.5 if recompute else 0.7)
+        largest = search(context, step, model, start=2 if context.small else 4, seconds=left)
+        if not largest:
+            section.text(f"{name} does not fit", f"Recomputation `{name}`: not one micro-batch of 1 fits.")
+            continue
+        for micro in dict.fromkeys([largest, max(1, largest // 2)]):
+            measured = measure(context, step, batches_of(context, model, micro, micro_batches))
+            speed = measured.images / measured.timing.median
+            rows.append([name, f"{micro}", *step_cells(measured, flops, device)])
+            section.table("steps", STEP_HEAD, rows)
+            best = max(best, (speed, recompute, micro))
+            if context.seconds_left < 10:
+                break
+    speed, step.stage.recompute, micro = best
+    section.text("largest", "The larger micro-batch of each kind is the largest that fits, to an eighth.")
+    if size == "1p3b" and not context.small:
+        section.bar(f"MFU of {size}, one GPU", aim=MFU_AIM, found=speed * flops / device.peaks.flops, at_least=True, unit="")
+    batches = batches_of(context, model, micro, micro_batches)
+    section.text("profiled", f"Profile of one step at micro-batch {micro}, recomputation `{'full' if best[1] else 'none'}`:")
+    profile_step(lambda: step.run(batches), device, section, "step")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row of the ablation."""
+
+    name: str
+    kernels: KernelsConfig
+    model: JetFormerConfig
+    same_loss: bool = True
+    """Computes what plain torch computes."""
+    adds_up: bool = True
+    """Stands in all rows after it."""
+
+
+def ablation(context: Context, section: Section) -> None:
+    """From plain torch everywhere to everything on, one part after the other, at one micro-batch size; then without the exact skips."""
+    device, model = context.device, miniature() if context.small else published("350m")
+    device.peaks  # noqa: B018 - measured before the memory is full
+    micro_batches = 2
+    config = run_config(context, model, micro_batches=micro_batches, kernels=REFERENCE)
+    # At a learning rate of 0 the update costs the same, and every row sees the same weights.
+    step = PlainStep(replace(config, optimizer=replace(config.optimizer, learning_rate=0.0)), device)
+    micro = search(context, step, model, start=2 if context.small else 8, seconds=context.seconds_left * 0.15)
+    if not micro:
+        raise RuntimeError("not one micro-batch of the reference fits")
+    batches = batches_of(context, model, micro, micro_batches)
+    section.text(
+        "what",
+        f"{step.name}; micro-batch {micro}, the largest with plain torch everywhere (and recomputation); {micro_batches} a step.",
+        "Rows with `+` add up, and `adds` is images/s over the row before; the others are each compared with the last of those.",
+        "Agreement: loss and gradient norm of the same step against the first row's, relatively.",
+    )
+    rows: list[list[str]] = []
+    expected = step.gradient_norm(batches)
+    before = None
+    for variant in variants(context, model):
+        if before is not None and context.seconds_left < (5 if variant.kernels.compile == "off" else 40):
+            section.item("left out", f"{variant.name}: time ran out")
+            continue
+        try:
+            built = step if before is None else PlainStep(replace(step.config, kernels=variant.kernels, model=variant.model), device, like=step)
+            found = built.gradient_norm(batches)
+            apart = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+            if variant.same_loss and not (apart[0] <= SAME_LOSS and apart[1] <= SAME_NORM):
+                raise AssertionError(f"loss and gradient norm {found}, plain torch's {expected}: not timed")
+            measured = measure(context, built, batches)
+        except Exception as error:
+            step.recover()
+            section.item("left out", f"{variant.name}: {describe_error(error)}")
+            if before is None or "CUDA error" in str(error):
+                raise
+            continue
+        speed = measured.images / measured.timing.median
+        gain = "-" if before is None else f"{speed / before - 1:+.0%}"
+        agreement = f"{apart[0]:.0e}, {apart[1]:.0e}" if variant.same_loss else "another loss"
+        rows.append([variant.name, gain, *step_cells(measured, training_flops(variant.model), device), agreement])
+        head = [
+            "what",
+            "adds",
+            "median s",
+            "fastest s",
+            "spread",
+            "images/s",
+            "MFU",
+            "MFU (data sheet)",
+            "peak memory",
+            "agreement",
+        ]
+        section.table("rows", head, rows)
+        before = speed if variant.adds_up else before
+        del built
+        gc.collect()
+    section.text(
+        "skips",
+        "Exact skips: images that only condition pass the flow without gradient, and each head reads only what it scores. Without them the flow",
+        "is trained on every image, then also both heads run on every example, as where the loss is masked. Another loss, so for its time only;",
+        "MFU counts what each row must compute, so that it does not fall with the skips.",
+    )
+
+
+def variants(context: Context, model: JetFormerConfig) -> list[Variant]:
+    """Rows that make a difference on this machine, in order."""
+    device, kernels = context.device, REFERENCE
+    found = [Variant("plain torch, fp32 products in fp32", kernels, model)]
+    if device.is_cuda:
+        kernels = replace(kernels, tf32=True)
+        found.append(Variant("+ TF32", kernels, model))
+    dtypes = {"affine_coupling": torch.float32}
+    for operation in ("gmm_nll", "linear_cross_entropy", "affine_coupling", "rms_norm", "rope", "geglu"):
+        chosen = choose(operation, "auto", device.device, dtypes.get(operation, device.dtype))
+        if chosen != "reference":
+            kernels = replace(kernels, **{operation: chosen})
+            found.append(Variant(f"+ {operation}: {chosen}", kernels, model))
+    objective = model.objective
+    whole_flow = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False))
+    both_heads = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False, loss_on_prefix=True))
+    skips = [
+        Variant("without skips: flow", kernels, whole_flow, same_loss=False),
+        Variant("without skips: flow, heads", kernels, both_heads, same_loss=False),
+    ]
+    return [*found, *skips, Variant("all skips, + compile: layers", replace(kernels, compile="layers"), model)]
+
+
+def batches_of(context: Context, model: JetFormerConfig, micro: int, count: int) -> list[Batch]:
+    """Micro-batches of noise and random captions on the device."""
+    return random_batches(run_config(context, model, micro_batches=count), micro, count, context.device.device)
+
+
+def search(context: Context, step: Step, model: JetFormerConfig, *, start: int, seconds: float) -> int:
+    """The largest micro-batch that fits."""
+    device = context.device
+    until = context.seconds_left - seconds
+
+    def fits(size: int) -> bool:
+        try:
+            batches = batches_of(context, model, size, 1)
+            count = getattr(getattr(step, "engine", None), "num_micro_batches", 2)
+            step.run([batches[0]] * count)
+            device.synchronise()
+        except (RuntimeError, MemoryError) as error:
+            if not device.is_out_of_memory(error):
+                raise
+            problem = True
+        else:
+            problem = False
+        if problem:  # outside the except block, whose exception holds the tensors of the failed step
+            step.recover()
+            device.release()
+        return not problem
+
+    most = 4 if context.small else MOST
+    return largest_micro_batch(fits, start=start, most=most, may_go_on=lambda: context.seconds_left > until)
+
+
+def measure(context: Context, step: Step, batches: Sequence[Batch]) -> Measured:
+    """Time and peak memory of a step."""
+    device = context.device
+    action: Callable[[], object] = lambda: step.run(batches)  # noqa: E731
+    peak = device.held_bytes() + device.peak_bytes(action)
+    return Measured(device.time(action, seconds=context.repeat_seconds(3.0), warm_up=1), sum(len(batch) for batch in batches), peak)
+
+
+def step_cells(measured: Measured, flops: float, device: Device) -> list[str]:
+    """Cells of a table: times, images/s, MFU, memory."""
+    timing, speed, sheet = measured.timing, measured.images / measured.timing.median, device.data_sheet_flops()
+    cells = [f"{timing.median:.3f}", f"{timing.fastest:.3f}", f"{timing.spread:.0%}", f"{speed:.4g}", f"{speed * flops / device.peaks.flops:.1%}"]
+    return [*cells, "-" if sheet is None else share(speed * flops, sheet), gibibytes(measured.peak_bytes)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], default=NAMES, name="step", doc=__doc__))
