@@ -59,7 +59,7 @@ class Block(nn.Module):
         first, second = context.dropout(self.index, 0), context.dropout(self.index, 1)
         run = block_forward
         if self.compiles:
-            attention = context.attention
+            x, attention = x.contiguous(), context.attention  # the first block gets a slice, and would have code of its own
             vary_batch(x, attention.cos, attention.sin, attention.mask, *(key.keys for key in (first, second) if key is not None))
             run = run_compiled(block_forward, x.device)
         hidden = run(self, x, context.attention, first, second)
