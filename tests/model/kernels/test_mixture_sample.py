@@ -129,9 +129,9 @@ def test_temperature_0_takes_the_mean(rule, impl, triton_device):
 SHAPES = [
     {"size": 1, "mixtures": 1, "soft_dim": 3, "width": 8},
     {"size": 3, "mixtures": 24, "soft_dim": 16, "width": 200},
-    {"size": 2, "mixtures": 24, "soft_dim": 128, "width": 65},
+    {"size": 1, "mixtures": 24, "soft_dim": 128, "width": 65},
     {"size": 2, "mixtures": 3, "soft_dim": 5, "width": 1100},
-    {"size": 2, "mixtures": 1024, "soft_dim": 128, "width": 8},
+    {"size": 1, "mixtures": 1024, "soft_dim": 128, "width": 8},
 ]
 GPU_SHAPES = [{"size": 256, "mixtures": 1024, "soft_dim": 128, "width": 1536}, {"size": 16, "mixtures": 24, "soft_dim": 100, "width": 1000}]
 
@@ -158,7 +158,7 @@ def test_kernel_is_as_exact_as_eager(rule, dtype, triton_device, poisoned_memory
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_kernel_gives_the_gaussians_for_other_rules(dtype, triton_device, poisoned_memory):
-    for shape, copies in itertools.product(SHAPES[:3], (1, 2)):
+    for shape, copies in itertools.product(SHAPES[:2], (1, 2)):
         arguments = inputs(**shape, copies=copies, dtype=dtype, device=triton_device)
         del arguments["noise"]
         runs = [component_gaussian(**arguments, temperature=0.9, impl=impl) for impl in ("triton", "reference")]
