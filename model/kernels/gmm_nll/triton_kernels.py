@@ -110,10 +110,10 @@ def gmm_gradient_kernel(
         loc = tl.load(RAW + entry, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_K, BLOCK_D]
         raw = tl.load(RAW + entry + soft_dim, mask=inside, other=0.0).to(tl.float32)
         soft = tl.load(SOFT + n * soft_dim + j, mask=is_channel, other=0.0)
-        log_joint = tl.load(LOG_JOINT + n * num_mixtures + k, mask=is_mixture, other=0.0)
+        log_joint = tl.load(LOG_JOINT + n * num_mixtures + k, mask=is_mixture, other=-float("inf"))
         joint = tl.load(JOINT + n)
         weight = tl.load(WEIGHT + n)
-        share = tl.where(is_mixture, weight * tl.exp(log_joint - joint), 0.0)[:, None]  # q, [BLOCK_K, 1]
+        share = (weight * tl.exp(log_joint - joint))[:, None]  # q, [BLOCK_K, 1]
         inverse, slope = _split_scale(raw)
         z = (soft[None, :] - loc) * inverse
         d_loc = -share * (z * inverse)

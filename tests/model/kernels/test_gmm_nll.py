@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
+from model.kernels.dispatch import has_triton, is_interpreting
 from model.kernels.gmm_nll.interface import HeadWeights, linear_gmm_nll, linear_gmm_nll_loss
 from model.kernels.gmm_nll.reference import MIN_SCALE, positive_scale
 from tests.model.kernels.checks import Compilation, assert_as_exact_as_eager, assert_same_twice, compile_for_gpu, strided
@@ -13,9 +14,9 @@ from tests.model.kernels.checks import Compilation, assert_as_exact_as_eager, as
 NAMES = ("hidden", "soft", "logit_weight", "logit_bias", "component_weight", "component_bias")
 MODULE = "model.kernels.gmm_nll.triton_kernels"
 
-SMALL_SHAPES = [(1, 3, 1, 3), (5, 20, 24, 16), (251, 7, 3, 3), (13, 65, 5, 128), (3, 8, 1024, 2), (67, 40, 24, 16)]
-"""(N, D, K, d) for the interpreter."""
-LARGE_SHAPES = [(251, 100, 24, 16), (1023, 200, 1024, 16), (1023, 1537, 24, 128), (300, 192, 1024, 128), (1, 64, 1, 3)]
+SMALL_SHAPES = [(1, 3, 1, 3), (5, 20, 24, 16), (19, 7, 3, 3), (7, 65, 5, 128), (3, 8, 1024, 2)]
+"""(N, D, K, d) for the interpreter, which takes a millisecond per token."""
+LARGE_SHAPES = [(251, 100, 24, 16), (1023, 200, 1024, 16), (1023, 1537, 24, 128), (300, 192, 1024, 128), (1, 64, 1, 3), (251, 7, 3, 3)]
 
 
 def make_inputs(shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -88,16 +89,20 @@ def test_reference_equals_torch_distributions() -> None:
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_gradients_pass_gradcheck(impl: str) -> None:
     inputs = make_inputs((4, 3, 3, 2), dtype=torch.float64, device=torch.device("cpu"))
-    weight = torch.tensor([0.5, 1.0, 0.0, 2.0], dtype=torch.float64)
 
     def nll(hidden: Tensor, soft: Tensor, *weights: Tensor) -> Tensor:
         return linear_gmm_nll(hidden, soft, weights, impl=impl, workspace_bytes=1)  # type: ignore[arg-type]
 
-    def loss(hidden: Tensor, soft: Tensor, *weights: Tensor) -> Tensor:
-        return linear_gmm_nll_loss(hidden, soft, weights, weight, impl=impl, workspace_bytes=1)[0]  # type: ignore[arg-type]
-
     assert torch.autograd.gradcheck(nll, tuple(inputs.values()))
-    assert torch.autograd.gradcheck(loss, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_loss_has_the_gradients_of_the_weighted_sum(impl: str) -> None:
+    """gradcheck itself runs backward several times through one forward pass, which the loss does not allow."""
+    inputs = make_inputs((7, 3, 3, 2), dtype=torch.float64, device=torch.device("cpu"))
+    expected, found = per_token(inputs, impl="reference"), one_pass(inputs, impl=impl, workspace_bytes=7 * 8 * 3 * 2 * 3)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_scale_is_square_plus_with_a_floor() -> None:
@@ -110,38 +115,49 @@ def test_scale_is_square_plus_with_a_floor() -> None:
 # Implementations against it
 
 
-def check_both(inputs: dict[str, Tensor], dtype: torch.dtype, **options: object) -> None:
-    truth, eager = truth_of(inputs), per_token(inputs, impl="reference")
-    assert_as_exact_as_eager(per_token(inputs, **options), eager, truth, dtype=dtype)
-    assert_as_exact_as_eager(one_pass(inputs, **options), eager, truth, dtype=dtype)
+def check_both(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, **options: object) -> None:
+    """The three-way rule over several draws at once: the gradient of five logit biases alone is five roundings, which is luck."""
+    draws = [make_inputs(shape, dtype=dtype, device=device, seed=seed) for seed in range(4)]
+    truth, eager = together(truth_of, draws), together(per_token, draws, impl="reference")
+    assert_as_exact_as_eager(together(per_token, draws, **options), eager, truth, dtype=dtype)
+    assert_as_exact_as_eager(together(one_pass, draws, **options), eager, truth, dtype=dtype)
+
+
+def together(run: Callable[..., dict[str, Tensor]], draws: list[dict[str, Tensor]], **options: object) -> dict[str, Tensor]:
+    results = [run(inputs, **options) for inputs in draws]
+    return {name: torch.stack([result[name].detach().double().cpu() for result in results]) for name in results[0]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 def test_torch_is_as_exact_as_eager(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    inputs = make_inputs(shape, dtype=dtype, device=torch.device("cpu"))
-    check_both(inputs, dtype, impl="torch", workspace_bytes=7 * 4 * shape[2] * shape[3] * 40)
+    check_both(shape, dtype, torch.device("cpu"), impl="torch", workspace_bytes=7 * 4 * shape[2] * shape[3] * 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 def test_triton_is_as_exact_as_eager(shape: tuple[int, int, int, int], dtype: torch.dtype, triton_device: torch.device) -> None:
-    inputs = make_inputs(shape, dtype=dtype, device=triton_device)
-    check_both(inputs, dtype, impl="triton", workspace_bytes=2 * 2 * shape[2] * shape[3] * 40)
+    check_both(shape, dtype, triton_device, impl="triton", workspace_bytes=2 * 2 * shape[2] * shape[3] * 40)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 def test_triton_is_as_exact_as_eager_at_size(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    inputs = make_inputs(shape, dtype=dtype, device=torch.device("cuda"))
-    check_both(inputs, dtype, impl="triton", workspace_bytes=2 * 2 * shape[2] * shape[3] * 256)
+    check_both(shape, dtype, torch.device("cuda"), impl="triton", workspace_bytes=2 * 2 * shape[2] * shape[3] * 256)
+
+
+@pytest.mark.skipif(not is_interpreting(), reason="Triton is not interpreting")
+def test_more_tokens_than_one_program_takes() -> None:
+    inputs = make_inputs((251, 7, 1, 3), dtype=torch.float32, device=torch.device("cpu"))
+    found = one_pass(inputs, impl="triton", workspace_bytes=2 * 4 * 3 * 200)
+    assert_as_exact_as_eager(found, one_pass(inputs, impl="reference"), truth_of(inputs), dtype=torch.float32)
 
 
 @pytest.fixture(params=["torch", "triton"])
 def any_impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        request.getfixturevalue("triton_device")
+    if request.param == "triton" and not is_interpreting():
+        pytest.skip("Triton is not interpreting")
     return str(request.param)
 
 
@@ -192,8 +208,8 @@ def test_strided_inputs(any_impl: str) -> None:
 
 
 def test_same_twice(any_impl: str) -> None:
-    inputs = make_inputs((70, 12, 20, 5), dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert_same_twice(lambda: one_pass(inputs, impl=any_impl, workspace_bytes=2 * 2 * 20 * 5 * 30))
+    inputs = make_inputs((20, 12, 20, 5), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert_same_twice(lambda: one_pass(inputs, impl=any_impl, workspace_bytes=2 * 2 * 20 * 5 * 8))
 
 
 @pytest.mark.gpu
@@ -255,13 +271,10 @@ def test_only_some_gradients(run: Callable[..., dict[str, Tensor]], wanted: tupl
         torch.testing.assert_close(found, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
-def test_no_tokens(impl: str, request: pytest.FixtureRequest) -> None:
-    if impl == "triton":
-        request.getfixturevalue("triton_device")
+def test_no_tokens(any_impl: str) -> None:
     inputs = make_inputs((1, 6, 4, 3), dtype=torch.float32, device=torch.device("cpu"))
     hidden, soft = inputs["hidden"][:0], inputs["soft"][:0]
-    loss, nll = linear_gmm_nll_loss(hidden, soft, weights_of(inputs), torch.ones(0), impl=impl)
+    loss, nll = linear_gmm_nll_loss(hidden, soft, weights_of(inputs), torch.ones(0), impl=any_impl)
     loss.backward()
     assert nll.shape == (0,)
     assert all(float(weight.grad.abs().sum()) == 0 for weight in weights_of(inputs) if weight.grad is not None)
@@ -314,7 +327,8 @@ def compilations(dtype: str, *, soft_dim: int) -> list[Compilation]:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_spilling(capability: int, triton_device: torch.device) -> None:
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_kernels_compile_without_spilling(capability: int) -> None:
     wanted = [*compilations("bf16", soft_dim=128), *compilations("fp32", soft_dim=128), *compilations("fp32", soft_dim=3)]
     for one, compiled in zip(wanted, compile_for_gpu(wanted, capability=capability), strict=True):
         assert compiled.spilled_bytes == 0, (one.kernel, compiled)
