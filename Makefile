@@ -3,6 +3,7 @@
 #   make test    the default test suite (CPU only)
 #   make check   format, lint, types, architecture: seconds
 #   make bench   measurements (tests/benchmarks); make bench-prep: data preparation against img2dataset
+#   make bench-gpu       kernels, training step and sampling on one GPU, under eight minutes; bench-kernels ARGS=--small: on a CPU
 #   make peers   our data sets read by webdataset, energon, datasets, Ray Data and tar, which it installs beside .venv
 #   make env     the environment in .venv, made once and again when setup.py changes
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0; a local wheel or an index of CPU builds is taken when pip knows one),
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PACKAGES := configs data_prep launch model pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format bench bench-prep peers clean
+.PHONY: help env demo test check format bench bench-prep bench-gpu bench-kernels peers clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -58,6 +59,12 @@ bench-prep: env
 	@$(PIP) install -e '.[peers]'
 	@$(BIN)/python -m tests.peers.environments --python $(PEER_PYTHON) img2dataset webdataset-0.2.111
 	$(BIN)/python -m tests.benchmarks.bench_prep $(ARGS)
+
+# A machine with a GPU has torch and Triton of its own: without .venv these take the Python that is there, and install nothing.
+bench-gpu bench-kernels: BENCH_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu bench-kernels:
+	@$(BENCH_PYTHON) -c 'import torch' || { echo "$(BENCH_PYTHON) has no torch: make env, or name another: make $@ PYTHON=..." >&2; exit 2; }
+	@$(BENCH_PYTHON) -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
 peers: env
 	@$(PIP) install -e '.[peers]'

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -65,7 +65,8 @@ class Peaks:
 class Device:
     """A CPU. `CudaDevice` overrides what differs."""
 
-    flush_bytes, product_sizes, copy_size = 2**25, ((512, 512, 512),), 2**26
+    flush_bytes, copy_size = 2**25, 2**26
+    product_sizes: tuple[tuple[int, int, int], ...] = ((512, 512, 512),)
 
     def __init__(self, kind: str = "cpu") -> None:
         self.device = torch.device(kind)
@@ -118,7 +119,8 @@ class Device:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an error means that the shape does not fit."""
-        return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+        signs = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
 
     def data_sheet_flops(self) -> float | None:
         """Dense bf16 peak that the maker states."""
@@ -136,7 +138,7 @@ class Device:
         rounds = int(min(max(seconds / max(once, 1e-6), at_least), MAX_ROUNDS))
         found: dict[str, list[float]] = {name: [] for name in actions}
         for turn in range(rounds):
-            names = list(actions) if turn % 2 == 0 else list(reversed(actions))
+            names = list(actions) if turn % 2 == 0 else list(actions)[::-1]
             for name in names:
                 found[name].append(self.seconds(actions[name]))
         return {name: Timing(tuple(values)) for name, values in found.items()}
@@ -154,7 +156,7 @@ class Device:
             a = torch.randn(rows, inner, device=self.device, generator=generator).to(self.dtype)
             b = torch.randn(inner, columns, device=self.device, generator=generator).to(self.dtype)
             out = torch.empty(rows, columns, device=self.device, dtype=self.dtype)
-            best = max(best, 2 * rows * columns * inner / self.time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds=0.3).fastest)
+            best = max(best, 2 * rows * columns * inner / self.time(partial(torch.mm, a, b, out=out), seconds=0.3).fastest)
         return Peaks(flops=best, copy_bytes=2 * self.copy_size / self.copy_timing(self.copy_size).median)
 
     def copy_timing(self, size: int) -> Timing:
@@ -171,7 +173,8 @@ class Device:
 class CudaDevice(Device):
     """The current CUDA device."""
 
-    flush_bytes, product_sizes, copy_size = 2**28, ((8192, 8192, 8192), (16384, 8192, 4096), (4096, 4096, 16384)), 2**30
+    flush_bytes, copy_size = 2**28, 2**30
+    product_sizes = ((8192, 8192, 8192), (16384, 8192, 4096), (4096, 4096, 16384))
 
     def __init__(self) -> None:
         super().__init__("cuda")

@@ -7,7 +7,6 @@ ratio, and writes a dated report beside this file. Before timing, the two are ch
 """
 
 import argparse
-import dataclasses
 import platform
 import statistics
 import sys
@@ -19,35 +18,16 @@ from pathlib import Path
 import torch
 
 from configs.loader import load_config
-from model.batch import Batch, NoiseSettings, make_batch
+from model.batch import Batch
 from model.jetformer import JetFormer, build_jetformer
 from pipeline.config import RunConfig
 from pipeline.engine import Engine
 from pipeline.optim import build_optimizer
 from pipeline.parallel.layout import Layout, setup_layout, teardown_layout
+from tests.benchmarks.bench_batches import random_batches
 
 REPORTS = Path(__file__).parent / "reports"
 TARGET = 1.15
-
-
-def random_batches(config: RunConfig, micro_batch_size: int, num: int, device: torch.device) -> list[Batch]:
-    """Micro-batches of noise pictures and random captions, as one step of training sees them."""
-    model, generator = config.model, torch.Generator().manual_seed(0)
-    batches = []
-    for index in range(num):
-        positions = torch.arange(index * micro_batch_size, (index + 1) * micro_batch_size)
-        side, everywhere = model.image.resolution, torch.ones(micro_batch_size, model.text.length, dtype=torch.bool)
-        batch = make_batch(
-            model,
-            positions=positions,
-            text=torch.randint(0, model.text.num_pieces, everywhere.shape, generator=generator),
-            text_mask=everywhere,
-            text_loss=everywhere.clone(),
-            image=torch.randint(0, 256, (micro_batch_size, side, side, model.image.channels), generator=generator, dtype=torch.uint8),
-            noise=NoiseSettings(seed=0, sigma=30.0, train=True),
-        )
-        batches.append(dataclasses.replace(batch.to(device), log_stats=False))
-    return batches
 
 
 class PlainLoop:

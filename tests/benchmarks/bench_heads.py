@@ -109,10 +109,9 @@ class HeadProblem:
     def products(self) -> dict[str, Callable[[], object]]:
         """The three matrix products that no implementation can do without, on buffers that exist: forward, gradient of hidden, of the weights."""
         hidden = self.leaves["hidden"].detach()
-        like = {"dtype": hidden.dtype, "device": hidden.device}
         generator = torch.Generator(hidden.device).manual_seed(1)
-        outputs = torch.randn(self.num_tokens, self.outputs, generator=generator, **like)
-        weight = torch.randn(self.outputs, hidden.shape[1], generator=generator, **like)
+        outputs = hidden.new_empty(self.num_tokens, self.outputs).normal_(generator=generator)
+        weight = hidden.new_empty(self.outputs, hidden.shape[1]).normal_(generator=generator)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
         return {
             "forward product": lambda: torch.mm(hidden, weight.t(), out=outputs),

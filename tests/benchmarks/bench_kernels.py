@@ -67,11 +67,12 @@ def measure_head(context: Context, section: Section, problem: HeadProblem, *, wi
     rows: list[list[str]] = []
     memory = {name: _extra_bytes(device, problem, name) for name in names}
     problem.forget_gradients()
-    actions: dict[str, Callable[[], object]] = {**problem.products(), **{name: problem.step(name) for name in names}}
+    bare = problem.products()
+    actions: dict[str, Callable[[], object]] = {**bare, **{name: problem.step(name) for name in names}}
     if with_eager:
         actions["reference"] = problem.step("reference")
     found = device.compare(actions, seconds=context.repeat_seconds(6.0))
-    products = sum(found[name].median for name in problem.products())
+    products = sum(found[name].median for name in bare)
     for name, timing in found.items():
         is_product = "product" in name
         rate = problem.flops * (1 if is_product else 3) / timing.median

@@ -55,6 +55,8 @@ HOW = (
     "Times are medians of single calls, with the last-level cache overwritten between them; spread: slowest less fastest over the median.",
     "What is compared ran turn by turn, after its results were compared with the reference's at the same shape.",
 )
+LEAST = 0.3
+"""A section is not begun with less than this share of its expected seconds left."""
 PATIENCE = 2.0
 """A child is ended after this many times the expected seconds of its section."""
 
@@ -78,6 +80,7 @@ def main(argv: Sequence[str], *, default: Sequence[str], name: str, doc: str | N
     if not given.small and not torch.cuda.is_available():
         print("no CUDA device is visible: nothing was measured. `--small` runs every section at small shapes on this CPU.", file=sys.stderr)
         return 2
+    given.seconds = given.seconds or (3600.0 if given.small else 450.0)
     place = "cpu-small" if given.small else "gpu"
     path = given.report or REPORTS / f"{date.today().isoformat()}-{name}-{place}.md"
     path.parent.mkdir(exist_ok=True)
@@ -100,6 +103,9 @@ class Runner:
             pending = list(self.names)
             while pending:
                 group = [pending.pop(0)]
+                if self._seconds_left() < LEAST * SECTIONS[group[0]].seconds:
+                    self._finish(group[0], Section(SECTIONS[group[0]].title, error="not begun: the time ran out"))
+                    continue
                 while pending and not SECTIONS[group[0]].own_process and not SECTIONS[pending[0]].own_process:
                     group.append(pending.pop(0))
                 pending = self._run_group(group, Path(folder)) + pending
@@ -218,7 +224,7 @@ def _parser(default: Sequence[str], doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--small", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--sections", default=",".join(default), help=f"of {', '.join(SECTIONS)} (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=1.0, help="scales the time spent on repeating (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=460.0, help="begin nothing long after this (default %(default)s)")
+    parser.add_argument("--seconds", type=float, help="begin nothing long after this (default 450, and 3600 with --small)")
     parser.add_argument("--report", type=Path, help="where to write the report (default: a dated file in tests/benchmarks/reports)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser

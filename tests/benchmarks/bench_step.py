@@ -5,10 +5,10 @@
 MFU: model FLOPs of spec 1.13 (exact skips left out, no recomputation counted) over the dense peak measured in the same process.
 """
 
-import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,8 +17,8 @@ from model.config import JetFormerConfig
 from model.flops import training_flops
 from model.kernels.config import KernelsConfig
 from model.kernels.dispatch import choose
+from tests.benchmarks.bench_batches import random_batches
 from tests.benchmarks.bench_device import Device, Timing, gibibytes, share
-from tests.benchmarks.bench_engine import random_batches
 from tests.benchmarks.bench_runner import main
 from tests.benchmarks.bench_section import Context, Section, describe_error
 from tests.benchmarks.bench_step_loop import REFERENCE, PlainStep, Step, build_step, largest_micro_batch, miniature, published, run_config
@@ -60,7 +60,7 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     device.peaks  # noqa: B018 - measured before the memory is full
     micro_batches = 2 if context.small else 4
     config = run_config(context, model, micro_batches=micro_batches)
-    step = build_step(config, device)
+    step = build_step(config, device, section)
     flops = training_flops(model)
     section.text(
         "what", f"{step.name}; {micro_batches} micro-batches a step; {config.parallel.precision}; {flops / 1e9:.4g} GFLOP an image (spec 1.13)."
@@ -70,8 +70,7 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     for recompute in (True, False):
         step.stage.recompute = recompute
         name = "full" if recompute else "none"
-        left = context.seconds_left * (0.5 if recompute else 0.7)
-        largest = search(context, step, model, start=2 if context.small else 4, seconds=left)
+        largest = search(context, step, model, start=2 if context.small else 4, seconds=context.seconds_left * 0.25)
         if not largest:
             section.text(f"{name} does not fit", f"Recomputation `{name}`: not one micro-batch of 1 fits.")
             continue
@@ -113,19 +112,20 @@ def ablation(context: Context, section: Section) -> None:
     config = run_config(context, model, micro_batches=micro_batches, kernels=REFERENCE)
     # At a learning rate of 0 the update costs the same, and every row sees the same weights.
     step = PlainStep(replace(config, optimizer=replace(config.optimizer, learning_rate=0.0)), device)
-    micro = search(context, step, model, start=2 if context.small else 8, seconds=context.seconds_left * 0.15)
-    if not micro:
+    largest = search(context, step, model, start=2 if context.small else 8, seconds=context.seconds_left * 0.15)
+    if not largest:
         raise RuntimeError("not one micro-batch of the reference fits")
+    micro = max(1, largest * 3 // 4)  # at the very largest the allocator would slow plain torch down, and nothing else
     batches = batches_of(context, model, micro, micro_batches)
     section.text(
         "what",
-        f"{step.name}; micro-batch {micro}, the largest with plain torch everywhere (and recomputation); {micro_batches} a step.",
+        f"{step.name}; recomputation; {micro_batches} micro-batches of {micro} a step (with plain torch {largest} fit).",
         "Rows with `+` add up, and `adds` is images/s over the row before; the others are each compared with the last of those.",
         "Agreement: loss and gradient norm of the same step against the first row's, relatively.",
     )
     rows: list[list[str]] = []
     expected = step.gradient_norm(batches)
-    before = None
+    before, full, built = None, None, None
     for variant in variants(context, model):
         if before is not None and context.seconds_left < (5 if variant.kernels.compile == "off" else 40):
             section.item("left out", f"{variant.name}: time ran out")
@@ -142,27 +142,20 @@ def ablation(context: Context, section: Section) -> None:
             section.item("left out", f"{variant.name}: {describe_error(error)}")
             if before is None or "CUDA error" in str(error):
                 raise
+            built = None
+        device.release()
+        if built is None:
             continue
         speed = measured.images / measured.timing.median
         gain = "-" if before is None else f"{speed / before - 1:+.0%}"
         agreement = f"{apart[0]:.0e}, {apart[1]:.0e}" if variant.same_loss else "another loss"
         rows.append([variant.name, gain, *step_cells(measured, training_flops(variant.model), device), agreement])
-        head = [
-            "what",
-            "adds",
-            "median s",
-            "fastest s",
-            "spread",
-            "images/s",
-            "MFU",
-            "MFU (data sheet)",
-            "peak memory",
-            "agreement",
-        ]
-        section.table("rows", head, rows)
-        before = speed if variant.adds_up else before
-        del built
-        gc.collect()
+        section.table("rows", ["what", "adds", *STEP_HEAD[2:], "agreement"], rows)
+        if variant.adds_up:
+            before, full = speed, built
+    if full is not None and context.seconds_left > 10:
+        most = search(context, full, model, start=largest, seconds=context.seconds_left * 0.5)
+        section.text("largest", f"Largest micro-batch with recomputation: {largest} in plain torch, {most} with all kernels (to an eighth).")
     section.text(
         "skips",
         "Exact skips: images that only condition pass the flow without gradient, and each head reads only what it scores. Without them the flow",
@@ -182,16 +175,15 @@ def variants(context: Context, model: JetFormerConfig) -> list[Variant]:
     for operation in ("gmm_nll", "linear_cross_entropy", "affine_coupling", "rms_norm", "rope", "geglu"):
         chosen = choose(operation, "auto", device.device, dtypes.get(operation, device.dtype))
         if chosen != "reference":
-            kernels = replace(kernels, **{operation: chosen})
+            changed: dict[str, Any] = {operation: chosen}
+            kernels = replace(kernels, **changed)
             found.append(Variant(f"+ {operation}: {chosen}", kernels, model))
     objective = model.objective
     whole_flow = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False))
     both_heads = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False, loss_on_prefix=True))
-    skips = [
-        Variant("without skips: flow", kernels, whole_flow, same_loss=False),
-        Variant("without skips: flow, heads", kernels, both_heads, same_loss=False),
-    ]
-    return [*found, *skips, Variant("all skips, + compile: layers", replace(kernels, compile="layers"), model)]
+    apart = {"same_loss": False, "adds_up": False}
+    skips = [Variant("without the skip of the flow", kernels, whole_flow, **apart), Variant("without any skip", kernels, both_heads, **apart)]
+    return [*found, *skips, Variant("with compile: layers", replace(kernels, compile="layers"), model, adds_up=False)]
 
 
 def batches_of(context: Context, model: JetFormerConfig, micro: int, count: int) -> list[Batch]:

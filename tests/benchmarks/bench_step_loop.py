@@ -22,7 +22,7 @@ from model.layers import layer_specs
 from pipeline.config import DataConfig, OptimizerConfig, ParallelConfig, RunConfig
 from pipeline.parallel.stage import PipelineStage
 from tests.benchmarks.bench_device import Device
-from tests.benchmarks.bench_section import Context
+from tests.benchmarks.bench_section import Context, Section
 
 OBJECTIVE = ObjectiveConfig(order="alternate")
 """Half of every micro-batch is text-first: the same expectation as the published draw, and the same work in every step."""
@@ -150,7 +150,7 @@ class Weights:
         for master, total in zip(self.masters, self.sums, strict=True):
             master.grad = total
         self.optimizer.step()
-        torch._foreach_copy_(self.parameters, self.masters)
+        torch._foreach_copy_([*self.parameters], self.masters)
         torch._foreach_zero_(self.sums)
         return norm
 
@@ -186,7 +186,7 @@ class PlainStep:
 
     def losses(self, batches: Sequence[Batch]) -> Tensor:
         """Forward and backward: the mean loss; gradients are added to the sums."""
-        if self.stage._layers and self._edge.is_cuda:
+        if self._edge.is_cuda:
             torch.set_float32_matmul_precision("high" if self.config.kernels.tf32 else "highest")
         self.stage.feed.load(batches)
         self.stage.terms.clear()
@@ -243,9 +243,15 @@ class EngineStep:
             deepspeed.optimizer.clear_hp_grads()
 
 
-def build_step(config: RunConfig, device: Device) -> Step:
-    """Through the engine if DeepSpeed is installed."""
-    return EngineStep(config) if importlib.util.find_spec("deepspeed") else PlainStep(config, device)
+def build_step(config: RunConfig, device: Device, section: Section) -> Step:
+    """Through the engine if DeepSpeed is installed; if it then fails, the section says so and goes on without."""
+    if importlib.util.find_spec("deepspeed"):
+        try:
+            return EngineStep(config)
+        except Exception as error:
+            section.fail(error)
+        device.release()
+    return PlainStep(config, device)
 
 
 def largest_micro_batch(fits: Callable[[int], bool], *, start: int, most: int, may_go_on: Callable[[], bool]) -> int:

@@ -70,7 +70,7 @@ def record(action: Callable[[], object], device: Device) -> list[Span]:
         device.synchronise()
     if not device.is_cuda:
         return [Span(event.key, 0.0, event.self_cpu_time_total / 1e6) for event in profiler.key_averages() if event.self_cpu_time_total > 0]
-    results = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results.events()
     cuda = torch.autograd.DeviceType.CUDA
     return [
         Span(event.name(), event.start_ns() / 1e9, event.duration_ns() / 1e9)
