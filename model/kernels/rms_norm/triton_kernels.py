@@ -214,7 +214,7 @@ def launch_dropout_bwd(d_total: Tensor, dropout: DropoutKey) -> Tensor:
 
 
 def tile(width: int, *, has_dropout: bool) -> dict[str, int]:
-    """Shape of the tile of a row, and warps that hold 16 elements of it per thread."""
+    """Shape of the tile of a row, and warps that hold 8 elements of it per thread (16 in the widest rows)."""
     most = splitmix.LANES if has_dropout else 8  # 8 bf16 make a 16-byte access
     group = most if width % most == 0 else 1
     lines = triton.next_power_of_2(triton.cdiv(width, group))
@@ -223,7 +223,7 @@ def tile(width: int, *, has_dropout: bool) -> dict[str, int]:
 
 def num_backward_programs(num_rows: int) -> int:
     """Programs of the backward pass: each adds up dscale over its rows, so few of them mean few partial sums."""
-    return max(1, min(triton.cdiv(num_rows, 4), 512))
+    return min(triton.cdiv(num_rows, 4), 512)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
