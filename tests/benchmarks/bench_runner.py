@@ -93,7 +93,7 @@ class Runner:
 
     def __init__(self, names: Sequence[str], given: argparse.Namespace, path: Path, command: str) -> None:
         self.names, self.given, self.path, self.command = list(names), given, path, command
-        self.start = time.monotonic()
+        self.start, self.load = time.monotonic(), os.getloadavg()[0]
         self.sections: dict[str, Section] = {}
         self.machine = ""
 
@@ -174,7 +174,8 @@ class Runner:
         """The whole report as Markdown."""
         minutes = (time.monotonic() - self.start) / 60
         lines = [f"# Kernels, training step and sampling, {date.today().isoformat()}", "", f"`{self.command}`, {minutes:.1f} minutes", ""]
-        lines += [self.machine, "", *HOW, ""]
+        quiet = "" if self.load < 0.5 else " (**not a quiet machine: do not quote its times**)"
+        lines += [f"{self.machine}; load average before the first run {self.load:.2f}{quiet if self.given.small else ''}.", "", *HOW, ""]
         if self.given.small:
             lines += ["**Small shapes on a CPU**: what is said of memory holds, no time says anything about a GPU.", ""]
         bars = [bar.row() for section in self.sections.values() for bar in section.bars]
