@@ -4,6 +4,7 @@ Letters: R rows (tokens of all images), C channels, h = C / 2.
 
 A tile holds whole rows, so that a permutation of the channels stays inside it. `tl.gather` is given the tile flattened to one dimension:
 along one dimension of a two-dimensional tile the compiler makes it a cascade of warp shuffles, BLOCK_C / 32 squared of them for a row.
+Triton 3.3 does so even then: README.md.
 """
 
 import torch
