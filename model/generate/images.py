@@ -163,7 +163,7 @@ class _TokenSampler:
         else:
             uniform, noise = (x.index_select(0, index)[0] for x in (self._uniform, self._noise))
             token = _draw_at_once(head, hidden, self._settings, uniform, noise)
-        self.tokens.index_copy_(1, index, token[:, None])
+        self.tokens.index_copy_(1, index, token[:, None].to(self.tokens.dtype))
 
 
 def _read_captions(model: JetFormer, text: Tensor, text_mask: Tensor, *, unconditional: bool, steps: int) -> tuple[StaticDecoder, Tensor]:
