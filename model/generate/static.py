@@ -5,6 +5,7 @@ Letters: B rows, I steps, P positions of the buffers, D width, G key-value heads
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def replay_steps(step: Callable[[], object], count: int, *, on_step: Callable[[]
         device: of the step.
         required: raise where the step cannot be recorded; otherwise warn, and run it as it is.
     """
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     warm_up = min(_WARM_UP_STEPS, count)
     with torch.cuda.stream(stream):
@@ -116,6 +117,12 @@ def replay_steps(step: Callable[[], object], count: int, *, on_step: Callable[[]
                 on_step()
     # The graph's memory must not go back to the allocator while the device still runs it.
     stream.synchronize()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are recorded; one for all calls, as cuBLAS keeps a workspace for every stream that it has run on."""
+    return torch.cuda.Stream(device)
 
 
 def _record(step: Callable[[], object], stream: torch.cuda.Stream, *, required: bool) -> torch.cuda.CUDAGraph | None:

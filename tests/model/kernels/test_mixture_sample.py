@@ -44,7 +44,7 @@ def chosen(arguments, temperature=0.9):
     mixtures, _, soft_dim, width = x["weight"].shape
     raw = torch.nn.functional.linear(x["hidden"], x["weight"].reshape(-1, width), x["bias"].flatten()).view(-1, mixtures, 2, soft_dim)
     copies = len(raw) // len(x["component"])
-    rows = raw[torch.arange(len(raw)), x["component"].repeat_interleave(copies)]
+    rows = raw[torch.arange(len(raw), device=raw.device), x["component"].repeat_interleave(copies)]
     scale = torch.exp(torch.asinh(rows[:, 1] / 2)).clamp(min=1e-6) * temperature
     return [Gaussian(rows[copy::copies, 0], scale[copy::copies]) for copy in range(copies)]
 
@@ -133,7 +133,7 @@ SHAPES = [
     {"size": 2, "mixtures": 3, "soft_dim": 5, "width": 1100},
     {"size": 1, "mixtures": 1024, "soft_dim": 128, "width": 8},
 ]
-GPU_SHAPES = [{"size": 256, "mixtures": 1024, "soft_dim": 128, "width": 1536}, {"size": 16, "mixtures": 24, "soft_dim": 100, "width": 1000}]
+GPU_SHAPES = [{"size": 256, "mixtures": 64, "soft_dim": 128, "width": 1536}, {"size": 16, "mixtures": 24, "soft_dim": 100, "width": 1000}]
 
 
 def against_eager(arguments, dtype, device, **how):
