@@ -3,9 +3,9 @@
 Letters: B rows, I steps, P positions of the buffers, D width, G key-value heads, H head width.
 """
 
+import functools
 import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ def replay_steps(step: Callable[[], object], count: int, *, on_step: Callable[[]
     stream.synchronize()
 
 
-@cache
+@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Where steps are recorded; one for all calls, as cuBLAS keeps a workspace for every stream that it has run on."""
     return torch.cuda.Stream(device)
