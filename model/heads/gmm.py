@@ -39,6 +39,7 @@ class GmmHead(nn.Module):
         self.tp = tp
         self.kernels = kernels or KernelsConfig()
         width, mixtures, soft_dim = config.decoder.width, config.gmm.num_mixtures, config.gmm.soft_dim
+        self.num_mixtures = mixtures
         self.logit_weight = sharded_parameter((mixtures, width), tp)
         self.logit_bias = sharded_parameter((mixtures,), tp)
         self.component_weight = sharded_parameter((mixtures, 2, soft_dim, width), tp)
@@ -51,6 +52,7 @@ class GmmHead(nn.Module):
             soft.flatten(0, 1),
             self._weights,
             group=self.tp.group,
+            num_mixtures=self.num_mixtures,
             impl=self.kernels.gmm_nll,
             workspace_bytes=self.kernels.workspace_mib * 2**20,
         )
@@ -67,6 +69,7 @@ class GmmHead(nn.Module):
             self._weights,
             token_weight.flatten(),
             group=self.tp.group,
+            num_mixtures=self.num_mixtures,
             impl=self.kernels.gmm_nll,
             workspace_bytes=self.kernels.workspace_mib * 2**20,
         )

@@ -19,6 +19,7 @@ class TextHead(nn.Module):
         super().__init__()
         self.tp = tp
         self.kernels = kernels or KernelsConfig()
+        self.vocab_size = vocab_size
         self.first_row = tp.bounds(vocab_size)[0]
         self.weight = sharded_parameter((vocab_size, width), tp)
         self.bias = sharded_parameter((vocab_size,), tp)
@@ -35,6 +36,7 @@ class TextHead(nn.Module):
             self.bias,
             targets.flatten(),
             first_row=self.first_row,
+            vocab_size=self.vocab_size,
             group=self.tp.group,
             impl=self.kernels.linear_cross_entropy,
             workspace_bytes=self.kernels.workspace_mib * 2**20,
@@ -50,6 +52,7 @@ class TextHead(nn.Module):
             targets.flatten(),
             token_weight.flatten(),
             first_row=self.first_row,
+            vocab_size=self.vocab_size,
             group=self.tp.group,
             impl=self.kernels.linear_cross_entropy,
             workspace_bytes=self.kernels.workspace_mib * 2**20,

@@ -25,10 +25,11 @@ def logsumexp_over_group(x: Tensor, group: Any) -> Tensor:
     return x if group is None else _LogSumExpOverGroup.apply(x, group)
 
 
-def reduce_in_place(x: Tensor, group: Any) -> None:
-    """x becomes its sum over the ranks; no gradient."""
+def reduce_in_place(x: Tensor, group: Any, *, maximum: bool = False) -> Tensor:
+    """x becomes its sum, or its maximum, over the ranks, and is returned; no gradient."""
     if group is not None:
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group)
+    return x
 
 
 class _CopyToGroup(torch.autograd.Function):

@@ -21,7 +21,14 @@ WORKSPACE_BYTES = 2**30
 
 
 def linear_gmm_nll(
-    hidden: Tensor, soft: Tensor, weights: HeadWeights, *, group: Any = None, impl: str = "auto", workspace_bytes: int = WORKSPACE_BYTES
+    hidden: Tensor,
+    soft: Tensor,
+    weights: HeadWeights,
+    *,
+    group: Any = None,
+    num_mixtures: int | None = None,
+    impl: str = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """-log p(soft) of every token; its gradient may differ from token to token, so the backward pass computes the head again.
 
@@ -31,6 +38,7 @@ def linear_gmm_nll(
         weights: see `HeadWeights`; K is this rank's share of the mixtures.
         group: process group over which the mixtures are split; hidden and soft are the same on its ranks. The result and the
             gradients of hidden and soft are then whole on every rank: two all-reduces of [2, N] and one of each gradient.
+        num_mixtures: over all ranks, in shares that differ by at most one; needed with a group.
         impl: `auto`, `triton`, `torch` or `reference` (model.kernels.config).
         workspace_bytes: for the head outputs of one chunk of tokens.
 
@@ -38,14 +46,14 @@ def linear_gmm_nll(
         fp32 nats [N]; differentiable in hidden, soft and all weights.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes do not fit, or num_mixtures is missing.
         UserError: `impl` cannot run here.
     """
     hidden, soft = _checked(hidden, soft, weights)
     chosen = choose("gmm_nll", impl, hidden.device, hidden.dtype)
     if chosen == "reference":
         return _reference_nll(hidden, soft, weights, group)
-    return token_nll(GmmHead(_passes(chosen), group, workspace_bytes), hidden, soft, *weights)
+    return token_nll(GmmHead(_passes(chosen), group, num_mixtures, workspace_bytes), hidden, soft, *weights)
 
 
 def linear_gmm_nll_loss(
@@ -55,6 +63,7 @@ def linear_gmm_nll_loss(
     token_weight: Tensor,
     *,
     group: Any = None,
+    num_mixtures: int | None = None,
     impl: str = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +77,7 @@ def linear_gmm_nll_loss(
         (loss, scalar, differentiable in hidden, soft and all weights, once; nll, fp32 [N], not differentiable).
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or token_weight asks for a gradient.
+        ValueError: shapes do not fit, num_mixtures is missing, or token_weight asks for a gradient.
         UserError: `impl` cannot run here.
     """
     hidden, soft = _checked(hidden, soft, weights)
@@ -81,7 +90,7 @@ def linear_gmm_nll_loss(
     if chosen == "reference":
         nll = _reference_nll(hidden, soft, weights, group)
         return sum_weighted(nll, token_weight), nll.detach()
-    return weighted_loss(GmmHead(_passes(chosen), group, workspace_bytes), token_weight, hidden, soft, *weights)
+    return weighted_loss(GmmHead(_passes(chosen), group, num_mixtures, workspace_bytes), token_weight, hidden, soft, *weights)
 
 
 def _passes(impl: str) -> Passes:

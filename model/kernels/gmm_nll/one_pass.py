@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.kernels.chunks import split_tokens
+from model.kernels.chunks import largest_share, split_tokens
 from model.kernels.collectives import logsumexp_over_group
 from model.kernels.products import accumulation_dtype, add_product, widened_product
 
@@ -18,8 +18,8 @@ from model.kernels.products import accumulation_dtype, add_product, widened_prod
 class Passes(Protocol):
     """The two elementwise passes over the outputs of one chunk."""
 
-    def bytes_per_token(self, component_bias: Tensor) -> int:
-        """What one token of a chunk holds, given the component bias [K, 2, d]."""
+    def bytes_per_component(self, component_bias: Tensor) -> int:
+        """What one token of a chunk holds per mixture, given the component bias [K, 2, d]."""
         ...
 
     def log_joint(self, raw: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, Any]:
@@ -57,6 +57,8 @@ class GmmHead:
 
     passes: Passes
     group: Any
+    num_mixtures: int | None
+    """Over all ranks; needed with a group."""
     workspace_bytes: int
     num_shared: int = 2
 
@@ -70,7 +72,7 @@ class GmmHead:
         wide, num_tokens = accumulation_dtype(hidden.dtype), len(hidden)
         found = torch.empty(2, num_tokens, dtype=wide, device=hidden.device)
         sums = None if token_weight is None else _Sums.empty(tensors, hidden=wanted[0], weights=any(wanted[2:]))
-        per_token = self.passes.bytes_per_token(component_bias)
+        per_token = self.passes.bytes_per_component(component_bias) * largest_share(mixtures, self.num_mixtures, self.group)
         chunks = list(split_tokens(num_tokens, bytes_per_token=per_token, workspace_bytes=self.workspace_bytes))
         outputs = hidden.new_empty(chunks[0].stop if chunks else 0, len(flat_weight))
         for index, rows in enumerate(chunks):
@@ -101,7 +103,10 @@ class GmmHead:
                 add_product(sums.weights[2].view(-1, width), raw.t(), x, accumulate=index > 0)
                 sums.weights[1].add_(d_logits.sum(0))
                 sums.weights[3].add_(d_bias)
-        gradients: list[Tensor | None] = [None] * 6 if sums is None else [sums.hidden, sums.soft, *(sums.weights or [None] * 4)]
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        if sums is not None:
+            gradients[:2] = sums.hidden, sums.soft
+            gradients[2:] = sums.weights or gradients[2:]
         return found[1] - found[0], found, gradients
 
 

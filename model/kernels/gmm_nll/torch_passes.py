@@ -25,9 +25,9 @@ class _Kept:
 class TorchPasses:
     """See `one_pass.Passes`."""
 
-    def bytes_per_token(self, component_bias: Tensor) -> int:
+    def bytes_per_component(self, component_bias: Tensor) -> int:
         """Intermediates are held for a whole chunk here."""
-        return _TENSORS_HELD * component_bias.numel() // 2 * max(4, component_bias.element_size())
+        return _TENSORS_HELD * component_bias.shape[2] * max(4, component_bias.element_size())
 
     def log_joint(self, raw: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, _Kept]:
         """logit_k + log N_k(soft)."""

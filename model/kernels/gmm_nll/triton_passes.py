@@ -9,9 +9,9 @@ from model.kernels.gmm_nll.triton_kernels import launch_gradient, launch_log_joi
 class TritonPasses:
     """See `one_pass.Passes`."""
 
-    def bytes_per_token(self, component_bias: Tensor) -> int:
+    def bytes_per_component(self, component_bias: Tensor) -> int:
         """The head's own outputs; everything else of a token is smaller by a factor of d."""
-        return component_bias.numel() * component_bias.element_size()
+        return 2 * component_bias.shape[2] * component_bias.element_size()
 
     def log_joint(self, raw: Tensor, logits: Tensor, soft: Tensor) -> tuple[Tensor, None]:
         """logit_k + log N_k(soft)."""

@@ -27,6 +27,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     first_row: int = 0,
+    vocab_size: int | None = None,
     group: Any = None,
     impl: str = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
@@ -36,7 +37,8 @@ def linear_cross_entropy(
     Args:
         hidden: [N, D], computed in the dtype of the weight; weight: [V, D]; bias: [V].
         targets: int64 [N], pieces of the whole vocabulary.
-        first_row: the piece of which this rank holds row 0; shares may be uneven.
+        first_row: the piece of which this rank holds row 0.
+        vocab_size: over all ranks, in shares that differ by at most one; needed with a group.
         group: process group over which the vocabulary is split; hidden and targets are the same on its ranks. The result and the
             gradient of hidden are then whole on every rank.
         impl: `auto`, `torch` or `reference` (model.kernels.config).
@@ -46,13 +48,13 @@ def linear_cross_entropy(
         fp32 nats [N]; differentiable in hidden, weight and bias.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or vocab_size is missing.
         UserError: `impl` cannot run here.
     """
     hidden = _checked(hidden, weight, bias, targets)
     if choose("linear_cross_entropy", impl, hidden.device, hidden.dtype) == "reference":
         return _reference_nll(hidden, weight, bias, targets, first_row, group)
-    return token_nll(VocabularyHead(targets, first_row, group, workspace_bytes), hidden, weight, bias)
+    return token_nll(VocabularyHead(targets, first_row, group, vocab_size, workspace_bytes), hidden, weight, bias)
 
 
 def linear_cross_entropy_loss(
@@ -63,6 +65,7 @@ def linear_cross_entropy_loss(
     token_weight: Tensor,
     *,
     first_row: int = 0,
+    vocab_size: int | None = None,
     group: Any = None,
     impl: str = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
@@ -77,7 +80,7 @@ def linear_cross_entropy_loss(
         (loss, scalar, differentiable in hidden, weight and bias, once; nll, fp32 [N], not differentiable).
 
     Raises:
-        ValueError: shapes do not fit, or token_weight asks for a gradient.
+        ValueError: shapes do not fit, vocab_size is missing, or token_weight asks for a gradient.
         UserError: `impl` cannot run here.
     """
     hidden = _checked(hidden, weight, bias, targets)
@@ -89,7 +92,7 @@ def linear_cross_entropy_loss(
     if choose("linear_cross_entropy", impl, hidden.device, hidden.dtype) == "reference":
         nll = _reference_nll(hidden, weight, bias, targets, first_row, group)
         return sum_weighted(nll, token_weight), nll.detach()
-    return weighted_loss(VocabularyHead(targets, first_row, group, workspace_bytes), token_weight, hidden, weight, bias)
+    return weighted_loss(VocabularyHead(targets, first_row, group, vocab_size, workspace_bytes), token_weight, hidden, weight, bias)
 
 
 def _reference_nll(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, first_row: int, group: Any) -> Tensor:

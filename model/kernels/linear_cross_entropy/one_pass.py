@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.chunks import split_tokens
-from model.kernels.collectives import logsumexp_over_group, reduce_in_place
+from model.kernels.chunks import largest_share, split_tokens
+from model.kernels.collectives import reduce_in_place
 from model.kernels.products import accumulation_dtype, add_product, widened_product
 
-_BYTES_PER_LOGIT = 14
-"""The logits in fp32, one temporary of their size, a copy of their gradient in half precision, and what logsumexp takes."""
+_BYTES_PER_LOGIT = 10
+"""The logits in fp32, their exponentials while they are summed, and a copy of their gradient in half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +28,43 @@ class VocabularyHead:
     first_row: int
     """The piece of which this rank holds row 0."""
     group: Any
+    vocab_size: int | None
+    """Over all ranks; needed with a group."""
     workspace_bytes: int
     num_shared: int = 1
 
     def run(
         self, tensors: Sequence[Tensor], *, token_weight: Tensor | None = None, wanted: Sequence[bool] = (), normalisers: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """-log p(target) of every token; the normaliser is the logsumexp of all logits, [N]."""
+        """-log p(target) of every token; the normalisers are the largest logit and the logsumexp of the distances to it, [2, N].
+
+        Apart, since their sum would be rounded at the size of the logit.
+        """
         hidden, weight, bias = tensors
         wide, num_tokens = accumulation_dtype(hidden.dtype), len(hidden)
-        normaliser, picked = torch.empty(2, num_tokens, dtype=wide, device=hidden.device)
-        gradients = [None] * 3 if token_weight is None else _room(tensors, wanted, wide)
-        chunks = split_tokens(num_tokens, bytes_per_token=_BYTES_PER_LOGIT * len(bias), workspace_bytes=self.workspace_bytes)
+        found = torch.empty(2, num_tokens, dtype=wide, device=hidden.device)
+        picked = torch.empty(num_tokens, dtype=wide, device=hidden.device)
+        gradients: list[Tensor | None] = [None, None, None] if token_weight is None else _room(tensors, wanted, wide)
+        per_token = _BYTES_PER_LOGIT * largest_share(len(bias), self.vocab_size, self.group)
+        chunks = split_tokens(num_tokens, bytes_per_token=per_token, workspace_bytes=self.workspace_bytes)
         for index, rows in enumerate(chunks):
             x = hidden[rows]
             logits = widened_product(x, weight.t()).add_(bias)
             local = self.targets[rows] - self.first_row
             own = (local >= 0) & (local < len(bias))
             place = torch.where(own, local, 0).unsqueeze(1)
-            picked[rows] = logits.gather(1, place).squeeze(1) * own
+            peak, normaliser = found[:, rows]
             if normalisers is None:
-                normaliser[rows] = logsumexp_over_group(torch.logsumexp(logits, dim=1), self.group)
+                peak.copy_(reduce_in_place(logits.amax(1), self.group, maximum=True))
             else:
-                normaliser[rows] = normalisers[rows]
+                found[:, rows] = normalisers[:, rows]
+            logits.sub_(peak.unsqueeze(1))
+            if normalisers is None:
+                normaliser.copy_(reduce_in_place(torch.exp(logits).sum(1), self.group).log_())
+            picked[rows] = logits.gather(1, place).squeeze(1) * own
             if token_weight is None:
                 continue
-            d_logits = logits.sub_(normaliser[rows, None]).exp_().mul_(token_weight[rows, None])
+            d_logits = logits.sub_(normaliser.unsqueeze(1)).exp_().mul_(token_weight[rows, None])
             d_logits.scatter_add_(1, place, -(token_weight[rows] * own).unsqueeze(1))
             narrow = d_logits.to(x.dtype)
             d_hidden, d_weight, d_bias = gradients
@@ -64,7 +75,7 @@ class VocabularyHead:
             if d_bias is not None:
                 d_bias.add_(d_logits.sum(0))
         reduce_in_place(picked, self.group)
-        return normaliser - picked, normaliser, gradients
+        return found[1] - picked, found, gradients
 
 
 def _room(tensors: Sequence[Tensor], wanted: Sequence[bool], wide: torch.dtype) -> list[Tensor | None]:

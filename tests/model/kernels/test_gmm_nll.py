@@ -14,7 +14,7 @@ from tests.model.kernels.checks import Compilation, assert_as_exact_as_eager, as
 NAMES = ("hidden", "soft", "logit_weight", "logit_bias", "component_weight", "component_bias")
 MODULE = "model.kernels.gmm_nll.triton_kernels"
 
-SMALL_SHAPES = [(1, 3, 1, 3), (5, 20, 24, 16), (19, 7, 3, 3), (7, 65, 5, 128), (3, 8, 1024, 2)]
+SMALL_SHAPES = [(1, 3, 1, 3), (5, 20, 24, 16), (11, 7, 3, 3), (5, 65, 5, 128), (3, 8, 1024, 2)]
 """(N, D, K, d) for the interpreter, which takes a millisecond per token."""
 LARGE_SHAPES = [(251, 100, 24, 16), (1023, 200, 1024, 16), (1023, 1537, 24, 128), (300, 192, 1024, 128), (1, 64, 1, 3), (251, 7, 3, 3)]
 
@@ -117,7 +117,7 @@ def test_scale_is_square_plus_with_a_floor() -> None:
 
 def check_both(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, **options: object) -> None:
     """The three-way rule over several draws at once: the gradient of five logit biases alone is five roundings, which is luck."""
-    draws = [make_inputs(shape, dtype=dtype, device=device, seed=seed) for seed in range(4)]
+    draws = [make_inputs(shape, dtype=dtype, device=device, seed=seed) for seed in range(3)]
     truth, eager = together(truth_of, draws), together(per_token, draws, impl="reference")
     assert_as_exact_as_eager(together(per_token, draws, **options), eager, truth, dtype=dtype)
     assert_as_exact_as_eager(together(one_pass, draws, **options), eager, truth, dtype=dtype)
@@ -149,8 +149,8 @@ def test_triton_is_as_exact_as_eager_at_size(shape: tuple[int, int, int, int], d
 
 @pytest.mark.skipif(not is_interpreting(), reason="Triton is not interpreting")
 def test_more_tokens_than_one_program_takes() -> None:
-    inputs = make_inputs((251, 7, 1, 3), dtype=torch.float32, device=torch.device("cpu"))
-    found = one_pass(inputs, impl="triton", workspace_bytes=2 * 4 * 3 * 200)
+    inputs = make_inputs((131, 7, 1, 3), dtype=torch.float32, device=torch.device("cpu"))
+    found = one_pass(inputs, impl="triton", workspace_bytes=2 * 4 * 3 * 100)
     assert_as_exact_as_eager(found, one_pass(inputs, impl="reference"), truth_of(inputs), dtype=torch.float32)
 
 
