@@ -133,7 +133,7 @@ def _gmm_at(context: Context, tokens: int) -> HeadProblem:
 
 def _extra_bytes(device: Device, problem: HeadProblem, name: str) -> int:
     problem.forget_gradients()
-    return device.peak_bytes(lambda: problem.run(name)) - problem.owned_bytes
+    return max(device.peak_bytes(lambda: problem.run(name)) - problem.owned_bytes, 0)
 
 
 def _in_process(context: Context, name: str, size: int) -> tuple[int, float]:

@@ -95,7 +95,8 @@ def _measure(context: Context, section: Section, case: Case, rows: list[list[str
     device = context.device
     dtype = next(leaf.dtype for leaf in case.leaves.values() if leaf.is_floating_point())
     best = case.best or choose(case.operation, "auto", device.device, dtype)
-    section.item("checks", f"{case.name}: {case.shape}; `{best}` {case.check(best)}")
+    agreement = "only the reference runs here" if best == "reference" else f"`{best}` {case.check(best)}"
+    section.item("checks", f"{case.name}: {case.shape}; {agreement}")
     with_compiler = case.backward_bytes > 0 and (not context.small or case.operation == "rope") and context.seconds_left > 20
     names = list(dict.fromkeys([best, *(["compiled"] if with_compiler else []), "reference"]))
     actions = {(name, way): action for name in names for way, action in case.actions(name).items()}

@@ -12,11 +12,12 @@ Points = Sequence[tuple[float, float]]
 
 
 def log_log_plot(title: str, lines: Mapping[str, Points], *, x_label: str, y_label: str) -> str:
-    """SVG text; lines without points are left out.
+    """SVG text; points that are not positive are left out, and so are lines without points.
 
     Args:
-        lines: name -> (x, y), all positive.
+        lines: name -> (x, y); one of them has a point.
     """
+    lines = {name: [(x, y) for x, y in points if x > 0 and y > 0] for name, points in lines.items()}
     lines = {name: points for name, points in lines.items() if points}
     xs = sorted({x for points in lines.values() for x, _ in points})
     ys = [y for points in lines.values() for _, y in points]

@@ -15,8 +15,7 @@ import torch
 from model.batch import Batch
 from model.config import JetFormerConfig
 from model.flops import training_flops
-from model.kernels.config import KernelsConfig
-from model.kernels.dispatch import choose
+from model.kernels.dispatch import choose, explain
 from tests.benchmarks.bench_batches import random_batches
 from tests.benchmarks.bench_device import Device, Timing, gibibytes, share
 from tests.benchmarks.bench_runner import main
@@ -65,6 +64,8 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     section.text(
         "what", f"{step.name}; {micro_batches} micro-batches a step; {config.parallel.precision}; {flops / 1e9:.4g} GFLOP an image (spec 1.13)."
     )
+    chosen = ", ".join(f"{one.operation} {one.implementation}" for one in explain(device.device.type, device.dtype))
+    section.text("kernels", f"Kernels: {chosen}.")
     rows: list[list[str]] = []
     best: tuple[float, bool, int] = (0.0, True, 1)
     for recompute in (True, False):
@@ -96,7 +97,8 @@ class Variant:
     """One row of the ablation."""
 
     name: str
-    kernels: KernelsConfig
+    changes: dict[str, Any]
+    """Of the kernels of the row that it adds to."""
     model: JetFormerConfig
     same_loss: bool = True
     """Computes what plain torch computes."""
@@ -125,13 +127,14 @@ def ablation(context: Context, section: Section) -> None:
     )
     rows: list[list[str]] = []
     expected = step.gradient_norm(batches)
-    before, full, built = None, None, None
+    kernels, before, full, built = REFERENCE, None, None, None
     for variant in variants(context, model):
-        if before is not None and context.seconds_left < (5 if variant.kernels.compile == "off" else 40):
+        if before is not None and context.seconds_left < (40 if "compile" in variant.changes else 5):
             section.item("left out", f"{variant.name}: time ran out")
             continue
         try:
-            built = step if before is None else PlainStep(replace(step.config, kernels=variant.kernels, model=variant.model), device, like=step)
+            config = replace(step.config, kernels=replace(kernels, **variant.changes), model=variant.model)
+            built = step if before is None else PlainStep(config, device, like=step)
             found = built.gradient_norm(batches)
             apart = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
             if variant.same_loss and not (apart[0] <= SAME_LOSS and apart[1] <= SAME_NORM):
@@ -152,7 +155,7 @@ def ablation(context: Context, section: Section) -> None:
         rows.append([variant.name, gain, *step_cells(measured, training_flops(variant.model), device), agreement])
         section.table("rows", ["what", "adds", *STEP_HEAD[2:], "agreement"], rows)
         if variant.adds_up:
-            before, full = speed, built
+            kernels, before, full = config.kernels, speed, built  # a part that failed is in no later row
     if full is not None and context.seconds_left > 10:
         most = search(context, full, model, start=largest, seconds=context.seconds_left * 0.5)
         section.text("largest", f"Largest micro-batch with recomputation: {largest} in plain torch, {most} with all kernels (to an eighth).")
@@ -166,24 +169,21 @@ def ablation(context: Context, section: Section) -> None:
 
 def variants(context: Context, model: JetFormerConfig) -> list[Variant]:
     """Rows that make a difference on this machine, in order."""
-    device, kernels = context.device, REFERENCE
-    found = [Variant("plain torch, fp32 products in fp32", kernels, model)]
+    device = context.device
+    found = [Variant("plain torch, fp32 products in fp32", {}, model)]
     if device.is_cuda:
-        kernels = replace(kernels, tf32=True)
-        found.append(Variant("+ TF32", kernels, model))
+        found.append(Variant("+ tf32", {"tf32": True}, model))
     dtypes = {"affine_coupling": torch.float32}
     for operation in ("gmm_nll", "linear_cross_entropy", "affine_coupling", "rms_norm", "rope", "geglu"):
         chosen = choose(operation, "auto", device.device, dtypes.get(operation, device.dtype))
         if chosen != "reference":
-            changed: dict[str, Any] = {operation: chosen}
-            kernels = replace(kernels, **changed)
-            found.append(Variant(f"+ {operation}: {chosen}", kernels, model))
+            found.append(Variant(f"+ {operation}: {chosen}", {operation: chosen}, model))
     objective = model.objective
     whole_flow = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False))
     both_heads = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False, loss_on_prefix=True))
     apart = {"same_loss": False, "adds_up": False}
-    skips = [Variant("without the skip of the flow", kernels, whole_flow, **apart), Variant("without any skip", kernels, both_heads, **apart)]
-    return [*found, *skips, Variant("with compile: layers", replace(kernels, compile="layers"), model, adds_up=False)]
+    skips = [Variant("without the skip of the flow", {}, whole_flow, **apart), Variant("without any skip", {}, both_heads, **apart)]
+    return [*found, *skips, Variant("with compile: layers", {"compile": "layers"}, model, adds_up=False)]
 
 
 def batches_of(context: Context, model: JetFormerConfig, micro: int, count: int) -> list[Batch]:

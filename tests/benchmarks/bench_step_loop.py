@@ -163,7 +163,7 @@ class PlainStep:
         Args:
             like: whose weights and optimiser to use.
         """
-        self.config, self.name = config, "plain PyTorch loop: bf16 weights, fp32 gradient sums and masters, fused AdamW"
+        self.config, self.name = config, f"plain PyTorch loop: {config.parallel.precision} weights, fp32 gradient sums and masters, fused AdamW"
         specs = layer_specs(config.model, None, config.kernels)
         self.stage = PipelineStage(specs, config=config.model, previous=None, is_last=True, recompute=config.parallel.recompute == "full")
         if like is None:
