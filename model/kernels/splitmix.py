@@ -55,10 +55,14 @@ def shift_right(values: Tensor, bits: int) -> Tensor:
 
 
 def mix(values: Tensor) -> Tensor:
-    """The finaliser, elementwise on int64; multiplication wraps as needed."""
-    values = (values ^ shift_right(values, SHIFTS[0])) * signed(MULTIPLIERS[0])
-    values = (values ^ shift_right(values, SHIFTS[1])) * signed(MULTIPLIERS[1])
-    return values ^ shift_right(values, SHIFTS[2])
+    """The finaliser, elementwise on int64; multiplication wraps as needed. Works in one new tensor: memory traffic is its cost."""
+    for bits, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
+        values = _xor_shifted(values, bits).mul_(signed(multiplier))
+    return _xor_shifted(values, SHIFTS[2])
+
+
+def _xor_shifted(values: Tensor, bits: int) -> Tensor:
+    return (values >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(values)
 
 
 def random_words(keys: Tensor, num_words: int) -> Tensor:
