@@ -91,20 +91,6 @@ class GmmHead(nn.Module):
         """[..., D] -> fp32 [..., K]."""
         return widen(functional.linear(hidden.to(self.logit_weight.dtype), self.logit_weight, self.logit_bias))
 
-    def component(self, hidden: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of one chosen component per token, computing 2d rows of the head instead of 2Kd (spec 1.14).
-
-        Args:
-            hidden: [N, D]; index: int64 [N].
-
-        Returns:
-            (loc, scale), fp32 [N, d] each.
-        """
-        weight, bias = self.component_weight[index], self.component_bias[index]
-        raw = widen(torch.einsum("nrdw,nw->nrd", weight, hidden.to(weight.dtype))) + widen(bias)
-        loc, raw_scale = raw.unbind(1)
-        return loc, positive_scale(raw_scale)
-
     @torch.no_grad()
     def effective_components(self, hidden: Tensor) -> Tensor:
         """exp(entropy of the mixture weights) per token: [n, I, D] -> fp32 [n, I]."""

@@ -37,7 +37,7 @@ class Head(nn.Module):
         self.config = config
         self.tp = tp
         width = config.decoder.width
-        self.norm = RmsNorm(width)
+        self.norm = RmsNorm(width, impl=kernels.rms_norm)
         self.gmm = GmmHead(config, tp, kernels)
         self.text = None if config.text.tie_logits else TextHead(width, config.text.vocab_size, tp, kernels)
 

@@ -161,7 +161,10 @@ def test_bf16_stays_within_rounding_of_fp32(results: Path, layout: str) -> None:
     found, expected = records(results, layout, "bf16")[0], records(results, REFERENCE, "base")[0]
     # A bf16 product is off by up to 2^-8; losses average many of them, gradients pass through several layers of them.
     assert found.losses == pytest.approx(expected.losses[:num_steps], rel=2**-8)
-    assert found.norms == pytest.approx(expected.norms[:num_steps], rel=4 * 2**-8)
+    assert found.norms[0] == pytest.approx(expected.norms[0], rel=4 * 2**-8)
+    # Adam's first updates move every weight by about the learning rate whatever its gradient, so rounding that turns the sign of a small
+    # gradient moves a weight the other way. Over 12 seeds the later norms scatter by 0.6 %, up to 1.9 % (LOG.md, 2026-11-22).
+    assert found.norms == pytest.approx(expected.norms[:num_steps], rel=10 * 2**-8)
     assert found.losses != expected.losses[:num_steps], "bf16 must differ from fp32 in something"
 
 

@@ -45,16 +45,6 @@ def test_loss_is_the_weighted_sum_of_the_nll(head, small_config):
         torch.testing.assert_close(a, b)
 
 
-def test_component_computes_the_chosen_rows(head, small_config):
-    hidden, _ = random_inputs(small_config)
-    mixture = head.mixture(hidden.flatten(0, 1))
-    index = torch.tensor([0, 4, 2, 2, 1, 3])
-    loc, scale = head.component(hidden.flatten(0, 1), index)
-    rows = torch.arange(6)
-    torch.testing.assert_close(loc, mixture.loc[rows, index])
-    torch.testing.assert_close(scale, mixture.scale[rows, index])
-
-
 @pytest.mark.parametrize("raw", [-1e4, -50.0, -1.0, 0.0, 1.0, 50.0, 1e4])
 def test_positive_scale_is_exp_asinh(raw):
     value = torch.tensor(raw, dtype=torch.float32)
