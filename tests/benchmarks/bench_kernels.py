@@ -110,13 +110,16 @@ def gmm_memory(context: Context, section: Section) -> None:
             device.release()
         rows = [_memory_row(names, one, measured, notes) for one in sizes if (names[0], one) in measured]
         section.table("memory", ["N", *(f"{name}: {what}" for name in names for what in ("memory", "ms")), "memory ratio", "time ratio"], rows)
-    lines = {name: [(size, bytes_ / 2**20) for (one, size), (bytes_, _) in sorted(measured.items()) if one == name] for name in names}
-    title = "Image head, forward and backward: memory above inputs, outputs, gradients"
-    section.plot("memory", log_log_plot(title, lines, x_label="N, tokens", y_label="MiB"))
+    for number, (what, unit, scale) in enumerate((("memory above inputs, outputs, gradients", "MiB", 2**20), ("time", "ms", 1e-3))):
+        lines = {name: [(size, pair[number] / scale) for (one, size), pair in sorted(measured.items()) if one == name] for name in names}
+        plot = log_log_plot(f"Image head, forward and backward: {what}", lines, x_label="N, tokens", y_label=unit)
+        section.plot(what.partition(" ")[0], plot)
     largest = max(size for name, size in measured if name == "reference")
     ratio = measured["reference", largest][0] / max(measured[names[0], largest][0], 1)
     how = "resident pages of a child process of one thread" if context.small else "allocated by torch"
-    section.text("note", f"{_gmm_at(context, 128).shape.partition(', ')[2]}; memory: {how}; ratios: reference over {names[0]}.")
+    section.text(
+        "note", f"{_gmm_at(context, 128).shape.partition(', ')[2]}; memory: {how}; ratios: reference over {names[0]}.", "Checked at every N."
+    )
     if context.small:
         section.bar(f"reference's memory over {names[0]}'s, N={largest}", aim=SMALL_MEMORY_AIM, found=ratio, at_least=True, unit="x")
 
@@ -138,6 +141,8 @@ def _extra_bytes(device: Device, problem: HeadProblem, name: str) -> int:
 
 def _in_process(context: Context, name: str, size: int) -> tuple[int, float]:
     problem = _gmm_at(context, size)
+    if name != "reference":
+        problem.check(name)
     problem.step(name)()  # compiles, and makes the workspaces of the libraries
     extra = _extra_bytes(context.device, problem, name)
     return extra, context.device.time(problem.step(name), seconds=context.repeat_seconds(0.5)).median

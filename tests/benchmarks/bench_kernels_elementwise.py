@@ -112,7 +112,7 @@ def _measure(context: Context, section: Section, case: Case, rows: list[list[str
             of_copy = speed / device.peaks.copy_bytes
             times = [f"{1e6 * timing.median:.1f}", f"{1e6 * timing.fastest:.1f}", f"{timing.spread:.0%}"]
             alike = share(copies[key].median, timing.median)
-            rows.append([f"{case.name} {way}", name, *times, f"{speed / 1e9:.0f}", f"{of_copy:.0%}", alike])
+            rows.append([f"{case.name} {way}", name, *times, f"{speed / 1e9:.3g}", f"{of_copy:.0%}", alike])
             if case.name == "affine_coupling" and name == best and not context.small:
                 section.bar(f"{case.name} {way}, share of copy bandwidth", aim=BANDWIDTH_AIM, found=of_copy, at_least=True, unit="")
     section.table("table", HEAD, rows)

@@ -42,13 +42,13 @@ MACHINE = "tests.benchmarks.bench_kernels"
 SECTIONS = {
     "peaks": Entry(f"{MACHINE}:peaks", "What the device does at best", 12),
     "gmm": Entry(f"{MACHINE}:gmm", "Image head: loss and gradients", 25),
-    "gmm-memory": Entry(f"{MACHINE}:gmm_memory", "Image head: memory and time against N", 20),
+    "gmm-memory": Entry(f"{MACHINE}:gmm_memory", "Image head: memory and time against N", 32),
     "cross-entropy": Entry(f"{MACHINE}:cross_entropy", "Text head: loss and gradients", 8),
     "elementwise": Entry("tests.benchmarks.bench_kernels_elementwise:elementwise", "Bandwidth-bound kernels", 50),
-    "ablation": Entry("tests.benchmarks.bench_step:ablation", "350m: what each part contributes to a step", 130, own_process=True),
+    "ablation": Entry("tests.benchmarks.bench_step:ablation", "350m: what each part contributes to a step", 120, own_process=True),
     "step-350m": Entry("tests.benchmarks.bench_step:step_350m", "350m: a training step", 50, own_process=True),
     "step-1p3b": Entry("tests.benchmarks.bench_step:step_1p3b", "1p3b: a training step", 80, own_process=True),
-    "sampling": Entry("tests.benchmarks.bench_sampling:sampling", "Sampling with guidance", 75, own_process=True),
+    "sampling": Entry("tests.benchmarks.bench_sampling:sampling", "Sampling with guidance", 70, own_process=True),
 }
 """In the order in which they run: what matters most first."""
 HOW = (
