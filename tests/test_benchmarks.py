@@ -214,6 +214,25 @@ def test_model_of_other_kernels_trains_the_same_weights() -> None:
     assert second.gradient_norm(batches) == pytest.approx(after, rel=1e-4)
 
 
+def test_plain_loop_goes_on_after_a_step_that_did_not_fit() -> None:
+    config = run_config(CONTEXT, miniature(), micro_batches=2, kernels=REFERENCE)
+    step = PlainStep(config, CONTEXT.device)
+    batches = batches_of(CONTEXT, config.model, 4, 2)
+    expected = step.gradient_norm(batches)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. (not really)")
+
+    for register in (step.stage._layers[-1].register_forward_hook, step.weights.parameters[0].register_hook):
+        hook = register(fail)
+        with pytest.raises(RuntimeError, match="out of memory") as raised:
+            step.run(batches)
+        assert CONTEXT.device.is_out_of_memory(raised.value)
+        hook.remove()
+        step.recover()
+        assert step.gradient_norm(batches) == expected
+
+
 def test_plain_loop_updates_as_adamw_on_clipped_gradients() -> None:
     config = run_config(CONTEXT, miniature(), micro_batches=2, kernels=REFERENCE)
     step = PlainStep(config, CONTEXT.device)

@@ -6,6 +6,7 @@ last-level cache is overwritten, so that no input is there from the call before.
 
 import ctypes
 import gc
+import math
 import platform
 import statistics
 import time
@@ -129,8 +130,12 @@ class Device:
     def compare(
         self, actions: Mapping[str, Callable[[], object]], *, seconds: float, warm_up: int = 2, at_least: int = MIN_ROUNDS
     ) -> dict[str, Timing]:
-        """Times of each action, turn by turn, for about `seconds` in all and `at_least` so many rounds."""
-        once = 0.0
+        """Times of each action, turn by turn, for about `seconds` in all and `at_least` so many rounds.
+
+        Args:
+            warm_up: calls of each before; 0 where they were called already, and the rounds are then `at_least`.
+        """
+        once, once_more = 0.0, math.inf
         for action in actions.values():
             for _ in range(warm_up):
                 once_more = self.seconds(action)
