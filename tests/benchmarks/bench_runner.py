@@ -177,7 +177,10 @@ class Runner:
         quiet = "" if self.load < 0.5 else " (**not a quiet machine: do not quote its times**)"
         lines += [f"{self.machine}; load average before the first run {self.load:.2f}{quiet if self.given.small else ''}.", "", *HOW, ""]
         if self.given.small:
-            lines += ["**Small shapes on a CPU**: what is said of memory holds, no time says anything about a GPU.", ""]
+            lines += [
+                "**Small shapes on a CPU, the models miniatures**: what is said of the heads' memory holds, no time says anything about a GPU.",
+                "",
+            ]
         bars = [bar.row() for section in self.sections.values() for bar in section.bars]
         if bars:
             lines += ["## Aims", "", *table(["what", "aim", "found", ""], bars), ""]
