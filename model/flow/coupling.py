@@ -44,7 +44,7 @@ class Coupling(nn.Module):
         self.kind = coupling_kinds(config.flow)[index]
         self.spatial = self.kind != "channels"
         image = config.image
-        self.dnn = CouplingNetwork(config.flow, in_dim=image.token_dim // 2, num_tokens=image.num_tokens)
+        self.dnn = CouplingNetwork(config.flow, in_dim=image.token_dim // 2, num_tokens=image.num_tokens, kernels=self.kernels)
         permutation = build_permutation(self.kind, index, config.flow, image)
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", invert(permutation), persistent=False)

@@ -28,7 +28,8 @@ class KernelsConfig:
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
     """Weight gradients of Megatron-core's linears added to the fp32 accumulator inside the matrix product (needs apex)."""
     compile: Literal["off", "layers"] = "off"
-    """`layers`: torch.compile of each coupling's network and each decoder block; their elementwise parts are then plain torch for it to fuse."""
+    """`layers`: torch.compile of each coupling's network and (without tensor parallelism) each decoder block, inside which elementwise parts are
+    plain torch for it to fuse."""
     tf32: bool = True
     """fp32 matrix products on CUDA use TF32 (10 bits of mantissa, fp32 sums), as exact as the reference on its TPUs (spec 1.3)."""
     workspace_mib: int = 1024

@@ -1,39 +1,20 @@
 """Small models and batches for the tests of model/."""
 
-import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from model.batch import Batch, NoiseSettings, make_batch
 from model.config import DecoderConfig, FlowConfig, GmmConfig, ImageConfig, JetFormerConfig, ObjectiveConfig, TextConfig
 from model.jetformer import JetFormer, build_jetformer
-from model.kernels.dispatch import is_interpreting
+from tests.model.kernels.interpreter import rounding_to_nearest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def bf16_of_the_interpreter() -> Iterator[None]:
-    """Triton's interpreter cuts fp32 off to bf16; GPUs round to the nearest, ties to even, and so does it here."""
-    if not is_interpreting():
-        yield
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    language = importlib.import_module("triton.language")
-    plain = interpreter._convert_float
-
-    def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
-        if source == language.float32 and target == language.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(values).view(np.float32)).to(torch.bfloat16)
-            return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
-        if source == language.bfloat16 and target == language.float32:
-            return (np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16).reshape(values.shape)
-        return plain(values, source, target, rounding)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert)
+    """Triton's interpreter cuts fp32 off to bf16; here it rounds to the nearest, as GPUs do."""
+    with rounding_to_nearest():
         yield
 
 

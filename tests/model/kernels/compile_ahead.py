@@ -1,6 +1,7 @@
 """Child process of `checks.compile_for_gpu`: reads kernels as JSON on stdin, compiles them for a GPU, prints what the assembler says."""
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -16,13 +17,21 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+def build_source(function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: list[str]) -> ASTSource:
+    """What is compiled, in the words of the installed Triton: they changed with 3.3."""
+    places = [list(signature).index(argument) for argument in aligned]
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        attrs = {(place,): [["tt.divisibility", 16]] for place in places}
+        return ASTSource(function, signature=signature, constexprs=constants, attrs=attrs)
+    attrs = importlib.import_module("triton.backends.compiler").AttrsDescriptor.from_hints(dict.fromkeys(places, 16))
+    return ASTSource(function, signature=signature, constants=constants, attrs=attrs)
+
+
 def compile_one(request: dict[str, Any], capability: int) -> dict[str, int]:
     """Machine code of one kernel, and its resources."""
     module, _, name = request["kernel"].partition(":")
     function = getattr(importlib.import_module(module), name)
-    names = list(request["signature"])
-    attrs = {(names.index(argument),): [["tt.divisibility", 16]] for argument in request["aligned"]}
-    source = ASTSource(function, signature=request["signature"], constexprs=request["constants"], attrs=attrs)
+    source = build_source(function, request["signature"], request["constants"], request["aligned"])
     options = {"num_warps": request["num_warps"], "num_stages": request["num_stages"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

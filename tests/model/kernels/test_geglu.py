@@ -8,15 +8,11 @@ import torch
 from model.kernels.geglu import interface
 from model.kernels.geglu.interface import geglu
 from tests.model.kernels import checks
-from tests.model.kernels.interpreter import rounding_to_nearest
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@pytest.fixture(autouse=True)
-def _as_a_gpu_rounds(poisoned_memory):
-    with rounding_to_nearest():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(shape, *, dtype=torch.float32, device="cpu", magnitude=2.0):

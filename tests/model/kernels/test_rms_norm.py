@@ -14,16 +14,12 @@ from model.kernels.rms_norm.reference import add_dropout_reference, rms_norm_ref
 from model.kernels.splitmix import DropoutKey, keep_mask
 from model.streams import Stream
 from tests.model.kernels import checks
-from tests.model.kernels.interpreter import rounding_to_nearest
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 INPUTS = ("x", "branch", "scale")
 
 
-@pytest.fixture(autouse=True)
-def _as_a_gpu_rounds(poisoned_memory):
-    with rounding_to_nearest():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def dropout_key(positions, *, probability=0.3, seed=5, substream=3, device="cpu"):

@@ -6,15 +6,11 @@ import torch
 from model.decoder.rope import rope_tables
 from model.kernels.rope.interface import apply_rope
 from tests.model.kernels import checks
-from tests.model.kernels.interpreter import rounding_to_nearest
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@pytest.fixture(autouse=True)
-def _as_a_gpu_rounds(poisoned_memory):
-    with rounding_to_nearest():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(batch, heads, length, head_dim, *, rows=1, dtype=torch.float32, device="cpu"):
