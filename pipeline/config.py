@@ -6,6 +6,8 @@ from typing import Literal
 from model.config import JetFormerConfig
 from model.kernels.config import KernelsConfig
 
+Recompute = Literal["none", "flow", "decoder", "full"]
+
 
 def _check_at_least(section: str, config: object, minimum: int, *names: str) -> None:
     """Raises ValueError for a field below `minimum`; None is left alone."""
@@ -83,8 +85,9 @@ class ParallelConfig:
     processes: int = 1
     """Processes that `jetway train` starts on this machine; ignored under torchrun and srun."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["none", "full"] = "none"
-    """`full`: recompute every coupling and block in the backward pass."""
+    recompute: Recompute = "none"
+    """Layers of which only the inputs are kept for the backward pass, which runs them again: the couplings (`flow`), the decoder's blocks
+    (`decoder`), or both (`full`). The flow holds most memory per FLOP. The heads keep nothing of their outputs in any case."""
 
     def __post_init__(self) -> None:
         _check_at_least("parallel", self, 1, "tensor", "pipeline", "data", "processes")

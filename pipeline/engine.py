@@ -127,7 +127,7 @@ def build_stage(config: RunConfig, layout: Layout, specs: Sequence[LayerSpec], b
         config=config.model,
         previous=specs[start - 1] if start else None,
         is_last=layout.is_last_stage,
-        recompute=config.parallel.recompute == "full",
+        recompute=config.parallel.recompute,
     )
 
 

@@ -84,6 +84,9 @@ class Attention(nn.Module):
         if q.shape[2] == 1:
             # One position, as in sampling: the query heads of a group are so many queries of one head, and no key is copied.
             return functional.scaled_dot_product_attention(q.unflatten(1, (-1, group)).squeeze(3), k, v, attn_mask=mask).flatten(1, 2).unsqueeze(2)
+        if group > 1 and mask is None and q.is_cuda:
+            # Flash attention reads the few heads there are. The kernels that take a mask, and those of a CPU, want one per query head.
+            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         if group > 1:
             k, v = (t.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

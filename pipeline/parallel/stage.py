@@ -17,6 +17,10 @@ from model.jetformer import JetFormer
 from model.layers import LayerSpec
 from model.state import Latents, State, attach_aux, pack, unpack
 from model.stats import METRICS
+from pipeline.config import Recompute
+
+RECOMPUTED: dict[Recompute, tuple[str, ...]] = {"none": (), "flow": ("coupling",), "decoder": ("block",), "full": ("coupling", "block")}
+"""Kinds of layer that a setting recomputes."""
 
 
 class MicroBatchFeed:
@@ -46,7 +50,7 @@ class PipelineStage(nn.Module):
     """
 
     def __init__(
-        self, specs: Sequence[LayerSpec], *, config: JetFormerConfig, previous: LayerSpec | None, is_last: bool, recompute: bool = False
+        self, specs: Sequence[LayerSpec], *, config: JetFormerConfig, previous: LayerSpec | None, is_last: bool, recompute: Recompute = "none"
     ) -> None:
         """Builds the layers.
 
@@ -54,8 +58,8 @@ class PipelineStage(nn.Module):
             specs: the stage's part of `model.layers.layer_specs`.
             previous: the layer whose output is the incoming edge; None on the first stage.
             is_last: return the loss.
-            recompute: keep only the inputs of each coupling and block in the forward pass, and run them again in the backward pass. The
-                head, whose outputs are the largest, does so by itself (model.kernels.gmm_nll).
+            recompute: which layers keep only their inputs in the forward pass, and run again in the backward pass. The head, whose outputs are
+                the largest, keeps none of them in any case (model.kernels.gmm_nll).
         """
         super().__init__()
         self.specs = tuple(specs)
@@ -93,7 +97,7 @@ class PipelineStage(nn.Module):
         """The state after the last layer of this stage, from the incoming edge and the micro-batch."""
         state = State() if self.previous is None else self._unpack(self.previous, edge)
         for spec, layer in zip(self.specs, self._layers, strict=True):
-            if self.recompute and spec.kind in ("coupling", "block") and torch.is_grad_enabled():
+            if spec.kind in RECOMPUTED[self.recompute] and torch.is_grad_enabled():
                 state = _run_recomputed(layer, state, batch)
             else:
                 state = layer(state, batch)

@@ -16,6 +16,7 @@ from model.batch import Batch
 from model.config import JetFormerConfig
 from model.flops import training_flops
 from model.kernels.dispatch import choose, explain
+from pipeline.config import Recompute
 from tests.benchmarks.bench_batches import random_batches
 from tests.benchmarks.bench_device import Device, Timing, gibibytes, share
 from tests.benchmarks.bench_runner import main
@@ -43,6 +44,9 @@ class Measured:
     """In all: weights, optimiser, activations."""
 
 
+RECOMPUTATIONS: tuple[Recompute, ...] = ("full", "flow", "none")
+
+
 def step_350m(context: Context, section: Section) -> None:
     """The 350m model through the engine."""
     whole_step(context, section, "350m")
@@ -54,7 +58,7 @@ def step_1p3b(context: Context, section: Section) -> None:
 
 
 def whole_step(context: Context, section: Section, size: str) -> None:
-    """Largest micro-batch with and without recomputation, its speed, and a profile of the faster one."""
+    """Largest micro-batch with all, some and no recomputation, its speed, and a profile of the fastest."""
     device, model = context.device, miniature() if context.small else published(size)
     device.peaks  # noqa: B018 - measured before the memory is full
     micro_batches = 2 if context.small else 4
@@ -67,18 +71,17 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     chosen = ", ".join(f"{one.operation} {one.implementation}" for one in explain(device.device.type, device.dtype))
     section.text("kernels", f"Kernels: {chosen}.")
     rows: list[list[str]] = []
-    best: tuple[float, bool, int] = (0.0, True, 1)
-    for recompute in (True, False):
+    best: tuple[float, Recompute, int] = (0.0, "full", 1)
+    for recompute in RECOMPUTATIONS:
         step.stage.recompute = recompute
-        name = "full" if recompute else "none"
-        largest = search(context, step, model, start=2 if context.small else 4, seconds=context.seconds_left * 0.25)
+        largest = search(context, step, model, start=2 if context.small else 4, seconds=context.seconds_left * 0.2)
         if not largest:
-            section.text(f"{name} does not fit", f"Recomputation `{name}`: not one micro-batch of 1 fits.")
+            section.text(f"{recompute} does not fit", f"Recomputation `{recompute}`: not one micro-batch of 1 fits.")
             continue
         for micro in dict.fromkeys([largest, max(1, largest // 2)]):
             measured = measure(context, step, batches_of(context, model, micro, micro_batches))
             speed = measured.images / measured.timing.median
-            rows.append([name, f"{micro}", *step_cells(measured, flops, device)])
+            rows.append([recompute, f"{micro}", *step_cells(measured, flops, device)])
             section.table("steps", STEP_HEAD, rows)
             best = max(best, (speed, recompute, micro))
             if context.seconds_left < 10:
@@ -88,7 +91,7 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     if size == "1p3b" and not context.small:
         section.bar(f"MFU of {size}, one GPU", aim=MFU_AIM, found=speed * flops / device.peaks.flops, at_least=True, unit="")
     batches = batches_of(context, model, micro, micro_batches)
-    section.text("profiled", f"Profile of one step at micro-batch {micro}, recomputation `{'full' if best[1] else 'none'}`:")
+    section.text("profiled", f"Profile of one step at micro-batch {micro}, recomputation `{best[1]}`:")
     profile_step(lambda: step.run(batches), device, section, "step")
 
 

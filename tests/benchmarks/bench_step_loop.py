@@ -165,7 +165,7 @@ class PlainStep:
         """
         self.config, self.name = config, f"plain PyTorch loop: {config.parallel.precision} weights, fp32 gradient sums and masters, fused AdamW"
         specs = layer_specs(config.model, None, config.kernels)
-        self.stage = PipelineStage(specs, config=config.model, previous=None, is_last=True, recompute=config.parallel.recompute == "full")
+        self.stage = PipelineStage(specs, config=config.model, previous=None, is_last=True, recompute=config.parallel.recompute)
         if like is None:
             self.stage.to(device.device)
             fill(self.stage.named_parameters())

@@ -23,7 +23,7 @@ from tests.distributed.worker import initialise_busily, scenario_config, synthet
 CONFIG = scenario_config("base")
 
 
-def build_stages(num_stages: int, *, recompute: bool = False) -> list[PipelineStage]:
+def build_stages(num_stages: int, *, recompute: str = "none") -> list[PipelineStage]:
     specs = layer_specs(CONFIG.model)
     bounds = cut_layers([spec.training_flops for spec in specs], num_stages)
     stages = []
@@ -62,9 +62,9 @@ def backward_through(stages: list[PipelineStage], num_micro_batches: int) -> tup
     return total, {name: p.grad for stage in stages for name, p in stage.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "flow", "decoder", "full"])
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 7])
-def test_stages_give_the_gradients_of_the_whole_model(num_stages: int, recompute: bool) -> None:
+def test_stages_give_the_gradients_of_the_whole_model(num_stages: int, recompute: str) -> None:
     model = reference()
     for k in range(2):
         (model(synthetic_batch(CONFIG, 0, 2 * k, 2)).total_loss() / 2).backward()
@@ -76,7 +76,7 @@ def test_stages_give_the_gradients_of_the_whole_model(num_stages: int, recompute
 
 
 def test_couplings_and_blocks_are_recomputed_once_and_nothing_else_is() -> None:
-    (stage,) = build_stages(1, recompute=True)
+    (stage,) = build_stages(1, recompute="full")
     calls: Counter[str] = Counter()
     for name in (spec.name for spec in stage.specs):
         stage.get_submodule(name).register_forward_pre_hook(lambda module, inputs, name=name: calls.update([name]))
@@ -86,7 +86,7 @@ def test_couplings_and_blocks_are_recomputed_once_and_nothing_else_is() -> None:
 
 def test_images_without_gradient_pass_the_flow_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also under recomputation, whether they come as the latents of a coupling, from `patchify` or over an edge."""
-    stages = build_stages(4, recompute=True)
+    stages = build_stages(4, recompute="full")
     assert sum(any(spec.kind == "coupling" for spec in stage.specs) for stage in stages) > 1
     calls: Counter[bool] = Counter()
     advance = Coupling.advance
@@ -103,7 +103,7 @@ def test_images_without_gradient_pass_the_flow_once(monkeypatch: pytest.MonkeyPa
 
 def test_metric_sums_do_not_count_recomputed_layers_twice() -> None:
     sums = []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         stages = build_stages(1, recompute=recompute)
         backward_through(stages, 2)
         sums.append(stages[0].stats.take(torch.device("cpu")))
@@ -112,9 +112,9 @@ def test_metric_sums_do_not_count_recomputed_layers_twice() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "flow", "decoder", "full"])
 @pytest.mark.parametrize("num_text_first", [0, 2, 4])
-def test_a_step_neither_mixes_devices_nor_waits_for_one(num_text_first: int, recompute: bool, dtype: torch.dtype) -> None:
+def test_a_step_neither_mixes_devices_nor_waits_for_one(num_text_first: int, recompute: str, dtype: torch.dtype) -> None:
     """On the meta device, which has no values: an operation that needs one on the host fails, as does one on tensors of two devices."""
     (stage,) = build_stages(1, recompute=recompute)
     stage.to("meta", dtype)
