@@ -16,6 +16,7 @@ import torch
 from configs.errors import UserError
 
 HALF_OR_SINGLE = (torch.bfloat16, torch.float32)
+OLDEST_TRITON = (3, 2)
 _INTERPRETED = "TRITON_INTERPRET=1 runs it in the interpreter, which is for tests"
 
 
@@ -114,6 +115,8 @@ def _triton(where: Where) -> str:
         return f"the kernel takes bf16 and fp32, not {_name(where.dtype)}"
     if not has_triton():
         return "Triton is not installed"
+    if triton_version() < OLDEST_TRITON:
+        return f"it needs Triton {_dotted(OLDEST_TRITON)} or later, not {_dotted(triton_version())}"
     if is_interpreting():  # on a GPU too: it would copy every tensor to the host and back
         return "" if where.forced else _INTERPRETED
     if where.device_type == "cuda":
@@ -122,12 +125,12 @@ def _triton(where: Where) -> str:
 
 
 def _triton_gather(where: Where) -> str:
-    """The flow's kernel: fp32 only, and it permutes in registers."""
+    """The flow's kernel: fp32 only, and it permutes on the chip."""
     if where.dtype != torch.float32:
         return f"the kernel takes fp32, not {_name(where.dtype)}"
     obstacle = _triton(where)
-    if not obstacle and not hasattr(importlib.import_module("triton.language"), "gather"):
-        return "Triton has no tl.gather before 3.3"
+    if not obstacle and triton_version() < (3, 4):
+        return f"Triton permutes through shared memory from 3.4 on, and this is {_dotted(triton_version())}"
     return obstacle
 
 
@@ -175,10 +178,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def triton_version() -> tuple[int, int]:
+    """Of the installed Triton: major and minor."""
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def is_interpreting() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _SLICE_BYTES = 64 * 2**20
-"""fp32 copy of a part of the left factor, where the library cannot widen the result itself."""
+"""fp32 copy of a part of the left factor, where the library cannot widen the result itself, or of the product, where it cannot add it."""
 
 
 def widened_product(left: Tensor, right: Tensor) -> Tensor:
@@ -29,13 +29,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, accumulate: bool 
     Args:
         total: [m, n], fp32 if the factors are of half precision, else of their dtype.
     """
-    beta = 1 if accumulate else 0
     if not _is_half(left):
-        torch.addmm(total, left, right, beta=beta, out=total)
-    elif _widens_itself(left):
-        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
-    else:
+        torch.addmm(total, left, right, beta=1 if accumulate else 0, out=total)
+    elif not _widens_itself(left):
         _multiply_slices(total, left, right, accumulate=accumulate)
+    elif not accumulate:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+    elif _adds_widened(left.device):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        rows = max(1, _SLICE_BYTES // (4 * max(1, right.shape[1])))
+        for start in range(0, left.shape[0], rows):
+            total[start : start + rows].add_(torch.mm(left[start : start + rows], right, out_dtype=torch.float32))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,4 +67,16 @@ def _widens_itself(factor: Tensor) -> bool:
 @cache
 def _has_out_dtype() -> bool:
     """Whether torch's products take `out_dtype` (on CUDA, since 2.8)."""
-    return "dtype_out" in torch.ops.aten.addmm.overloads()
+    return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+@cache
+def _adds_widened(device: torch.device) -> bool:
+    """Whether a product of half precision can be added to an fp32 matrix: torch 2.8 and 2.9 want the factors' dtype there (pytorch #167931)."""
+    factor = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

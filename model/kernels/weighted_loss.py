@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels.collectives import reduce_in_place
 
@@ -69,6 +70,7 @@ class _WeightedLoss(torch.autograd.Function):
         return sum_weighted(nll, token_weight), nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -89,6 +91,7 @@ class _TokenNll(torch.autograd.Function):
         return nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         normalisers, *tensors = ctx.saved_tensors
         _, _, gradients = ctx.head.run(tensors, token_weight=d_nll.contiguous(), wanted=ctx.needs_input_grad[1:], normalisers=normalisers)

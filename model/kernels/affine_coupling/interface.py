@@ -73,7 +73,8 @@ def _runs_in_triton(first: Tensor, second: Tensor, shift: Tensor, raw_scale: Ten
     shapes = {tuple(x.shape) for x in (first, second, shift, raw_scale)}
     if len(shapes) > 1 or first.dim() < 2 or tuple(order.shape) != (2 * first.shape[-1],):
         raise ValueError(f"affine_coupling takes four tensors [B, ..., h] and an order [2h], not {sorted(shapes)} and {tuple(order.shape)}")
-    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.promote_types(shift.dtype, raw_scale.dtype))
+    # One of another dtype is enough to be refused: the kernel reads what it is given.
+    dtype = next((x.dtype for x in (first, second, shift, raw_scale) if x.dtype != torch.float32), torch.float32)
     if impl == "auto" and (len(order) > MAX_CHANNELS or first.numel() == 0):
         return False
     is_triton = choose("affine_coupling", impl, first.device, dtype) == "triton"

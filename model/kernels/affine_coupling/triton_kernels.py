@@ -142,28 +142,31 @@ def launch_fwd(
     All fp32, of last stride 1; order: int32 [C], contiguous.
     """
     num_rows, half = first.shape
+    if not first.numel():
+        return
     block_r, block_c, num_warps = block_sizes(2 * half)
-    affine_coupling_fwd_kernel[(triton.cdiv(num_rows, block_r),)](
-        first,
-        second,
-        shift,
-        raw_scale,
-        order,
-        out_first,
-        out_second,
-        first if logdet is None else logdet,
-        num_rows,
-        half,
-        first.stride(0),
-        second.stride(0),
-        shift.stride(0),
-        raw_scale.stride(0),
-        out_first.stride(0),
-        INVERSE=logdet is None,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(first):
+        affine_coupling_fwd_kernel[(triton.cdiv(num_rows, block_r),)](
+            first,
+            second,
+            shift,
+            raw_scale,
+            order,
+            out_first,
+            out_second,
+            first if logdet is None else logdet,
+            num_rows,
+            half,
+            first.stride(0),
+            second.stride(0),
+            shift.stride(0),
+            raw_scale.stride(0),
+            out_first.stride(0),
+            INVERSE=logdet is None,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
 
 
 def launch_bwd(
@@ -173,27 +176,30 @@ def launch_bwd(
     num_rows, half = second.shape
     d_input = torch.empty((num_rows, half), dtype=second.dtype, device=second.device)
     d_params = torch.empty((num_rows, 2 * half), dtype=second.dtype, device=second.device)
+    if not second.numel():
+        return d_input, d_params
     block_r, block_c, num_warps = block_sizes(2 * half)
-    affine_coupling_bwd_kernel[(triton.cdiv(num_rows, block_r),)](
-        d_first,
-        d_second,
-        d_logdet,
-        second,
-        shift,
-        raw_scale,
-        inverse_order,
-        d_input,
-        d_params,
-        num_rows,
-        num_rows // len(d_logdet),
-        half,
-        d_first.stride(0),
-        d_second.stride(0),
-        second.stride(0),
-        shift.stride(0),
-        raw_scale.stride(0),
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(second):
+        affine_coupling_bwd_kernel[(triton.cdiv(num_rows, block_r),)](
+            d_first,
+            d_second,
+            d_logdet,
+            second,
+            shift,
+            raw_scale,
+            inverse_order,
+            d_input,
+            d_params,
+            num_rows,
+            num_rows // len(d_logdet),
+            half,
+            d_first.stride(0),
+            d_second.stride(0),
+            second.stride(0),
+            shift.stride(0),
+            raw_scale.stride(0),
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
     return d_input, d_params

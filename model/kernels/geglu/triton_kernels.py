@@ -65,7 +65,8 @@ def launch_geglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """Contiguous gate and up -> gelu_tanh(gate) * up."""
     out = torch.empty_like(gate)
     if gate.numel():
-        geglu_fwd_kernel[(triton.cdiv(gate.numel(), BLOCK_N),)](gate, up, out, gate.numel(), BLOCK_N=BLOCK_N)
+        with torch.cuda.device_of(gate):
+            geglu_fwd_kernel[(triton.cdiv(gate.numel(), BLOCK_N),)](gate, up, out, gate.numel(), BLOCK_N=BLOCK_N)
     return out
 
 
@@ -74,5 +75,6 @@ def launch_geglu_bwd(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, T
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():
         grid = (triton.cdiv(gate.numel(), BLOCK_N),)
-        geglu_bwd_kernel[grid](gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), BLOCK_N=BLOCK_N)
+        with torch.cuda.device_of(gate):
+            geglu_bwd_kernel[grid](gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), BLOCK_N=BLOCK_N)
     return d_gate, d_up

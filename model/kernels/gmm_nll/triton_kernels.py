@@ -18,7 +18,7 @@ MAX_INVERSE_SCALE = tl.constexpr(1 / MIN_SCALE)
 LARGEST = tl.constexpr(1e18)
 """Raw scales are cut here, so that their squares stay finite."""
 TILE = 2048
-"""Elements of one tile of means: 16 per thread of four warps."""
+"""Elements of one tile of means, at most: 16 per thread of four warps."""
 GRADIENT_TOKENS = 64
 """Of the gradient pass: 1/64 of the memory of its outputs goes to partial sums of the bias gradient."""
 LIKELIHOOD_TOKENS = 8
@@ -45,6 +45,13 @@ def _log(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _place(num_mixtures, BLOCK_K: tl.constexpr):
+    """Which block of mixtures, of which block of tokens: one axis, as the second one of a CUDA grid ends at 65,535."""
+    program, num_blocks = tl.program_id(0), tl.cdiv(num_mixtures, BLOCK_K)
+    return program % num_blocks, program // num_blocks
+
+
+@triton.jit
 def gmm_log_joint_kernel(
     RAW,  # [c, K, 2, d], contiguous
     LOGITS,  # fp32 [c, K]
@@ -60,11 +67,12 @@ def gmm_log_joint_kernel(
     FAST: tl.constexpr,
 ):
     """LOG_JOINT = logit_k - sum_j (z^2 / 2 + log scale) - constant, with z = (soft - mean) / scale."""
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    block, tokens = _place(num_mixtures, BLOCK_K)
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_D)
     is_mixture = k < num_mixtures
     inside = is_mixture[:, None] & (j < soft_dim)[None, :]
-    first = tl.program_id(1) * TOKENS
+    first = tokens * TOKENS
     for offset in range(0, tl.minimum(TOKENS, num_tokens - first)):
         n = (first + offset).to(tl.int64)
         entry = n * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
@@ -96,14 +104,15 @@ def gmm_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """d mean = -q z / scale, d raw = -q (z^2 - 1) / sqrt(r^2 + 4), d soft = sum_k q z / scale, with q = weight exp(log joint - joint)."""
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    block, tokens = _place(num_mixtures, BLOCK_K)
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_D)
     is_mixture = k < num_mixtures
     is_channel = j < soft_dim
     inside = is_mixture[:, None] & is_channel[None, :]
     bias_loc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     bias_raw = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    first = tl.program_id(1) * TOKENS
+    first = tokens * TOKENS
     for offset in range(0, tl.minimum(TOKENS, num_tokens - first)):
         n = (first + offset).to(tl.int64)
         entry = n * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
@@ -122,17 +131,21 @@ def gmm_gradient_kernel(
         tl.store(RAW + entry + soft_dim, d_raw.to(RAW.dtype.element_ty), mask=inside)
         bias_loc += d_loc
         bias_raw += d_raw
-        place = (tl.program_id(0).to(tl.int64) * num_tokens + n) * soft_dim + j
+        place = (block.to(tl.int64) * num_tokens + n) * soft_dim + j
         tl.store(D_SOFT + place, -tl.sum(d_loc, axis=0), mask=is_channel)
-    entry = tl.program_id(1).to(tl.int64) * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
+    entry = tokens.to(tl.int64) * (2 * num_mixtures * soft_dim) + (k * (2 * soft_dim))[:, None] + j[None, :]
     tl.store(D_BIAS + entry, bias_loc, mask=inside)
     tl.store(D_BIAS + entry + soft_dim, bias_raw, mask=inside)
 
 
 def block_sizes(num_mixtures: int, soft_dim: int) -> tuple[int, int]:
-    """(BLOCK_K, BLOCK_D): all channels, and mixtures to fill a tile."""
+    """(BLOCK_K, BLOCK_D): all channels, and mixtures to fill a tile.
+
+    Half a tile where rows are no multiple of 16 bytes: an address for each element would not fit into the registers beside a whole one.
+    """
     block_d = triton.next_power_of_2(soft_dim)
-    return min(triton.next_power_of_2(num_mixtures), max(1, TILE // block_d)), block_d
+    tile = TILE if soft_dim % 16 == 0 else TILE // 2
+    return min(triton.next_power_of_2(num_mixtures), max(1, tile // block_d)), block_d
 
 
 def launch_log_joint(raw: Tensor, logits: Tensor, soft: Tensor) -> Tensor:
@@ -140,22 +153,24 @@ def launch_log_joint(raw: Tensor, logits: Tensor, soft: Tensor) -> Tensor:
     num_tokens, num_mixtures, _, soft_dim = raw.shape
     block_k, block_d = block_sizes(num_mixtures, soft_dim)
     log_joint = torch.empty(num_tokens, num_mixtures, dtype=torch.float32, device=raw.device)
-    grid = (triton.cdiv(num_mixtures, block_k), triton.cdiv(num_tokens, LIKELIHOOD_TOKENS))
-    gmm_log_joint_kernel[grid](
-        raw,
-        logits,
-        soft,
-        log_joint,
-        num_tokens,
-        num_mixtures,
-        soft_dim,
-        soft_dim * HALF_LOG_2PI,
-        TOKENS=LIKELIHOOD_TOKENS,
-        BLOCK_K=block_k,
-        BLOCK_D=block_d,
-        FAST=not is_interpreting(),
-        num_warps=4,
-    )
+    programs = triton.cdiv(num_mixtures, block_k) * triton.cdiv(num_tokens, LIKELIHOOD_TOKENS)
+    if programs:
+        with torch.cuda.device_of(raw):
+            gmm_log_joint_kernel[(programs,)](
+                raw,
+                logits,
+                soft,
+                log_joint,
+                num_tokens,
+                num_mixtures,
+                soft_dim,
+                soft_dim * HALF_LOG_2PI,
+                TOKENS=LIKELIHOOD_TOKENS,
+                BLOCK_K=block_k,
+                BLOCK_D=block_d,
+                FAST=not is_interpreting(),
+                num_warps=4,
+            )
     return log_joint
 
 
@@ -163,23 +178,25 @@ def launch_gradient(raw: Tensor, log_joint: Tensor, joint: Tensor, weight: Tenso
     """Overwrites raw with its gradient; returns those of soft, fp32 [c, d], and of the bias, fp32 [K, 2, d]."""
     num_tokens, num_mixtures, _, soft_dim = raw.shape
     block_k, block_d = block_sizes(num_mixtures, soft_dim)
-    grid = (triton.cdiv(num_mixtures, block_k), triton.cdiv(num_tokens, GRADIENT_TOKENS))
-    d_soft = torch.empty(grid[0], num_tokens, soft_dim, dtype=torch.float32, device=raw.device)
-    d_bias = torch.empty(grid[1], num_mixtures, 2, soft_dim, dtype=torch.float32, device=raw.device)
-    gmm_gradient_kernel[grid](
-        raw,
-        log_joint,
-        joint,
-        weight,
-        soft,
-        d_soft,
-        d_bias,
-        num_tokens,
-        num_mixtures,
-        soft_dim,
-        TOKENS=GRADIENT_TOKENS,
-        BLOCK_K=block_k,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
+    mixture_blocks, token_blocks = triton.cdiv(num_mixtures, block_k), triton.cdiv(num_tokens, GRADIENT_TOKENS)
+    d_soft = torch.empty(mixture_blocks, num_tokens, soft_dim, dtype=torch.float32, device=raw.device)
+    d_bias = torch.empty(token_blocks, num_mixtures, 2, soft_dim, dtype=torch.float32, device=raw.device)
+    if mixture_blocks * token_blocks:
+        with torch.cuda.device_of(raw):
+            gmm_gradient_kernel[(mixture_blocks * token_blocks,)](
+                raw,
+                log_joint,
+                joint,
+                weight,
+                soft,
+                d_soft,
+                d_bias,
+                num_tokens,
+                num_mixtures,
+                soft_dim,
+                TOKENS=GRADIENT_TOKENS,
+                BLOCK_K=block_k,
+                BLOCK_D=block_d,
+                num_warps=4,
+            )
     return d_soft.sum(0), d_bias.sum(0)

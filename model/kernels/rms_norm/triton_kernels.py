@@ -155,20 +155,21 @@ def launch_norm_fwd(x: Tensor, branch: Tensor | None, scale: Tensor | None, drop
     normed = x if scale is None else torch.empty_like(x)
     rstd = torch.empty(0 if scale is None else num_rows, dtype=torch.float32, device=x.device)
     if num_rows and width:
-        norm_fwd_kernel[(num_rows,)](
-            x,
-            x if branch is None else branch,
-            x if scale is None else scale.contiguous(),
-            x if dropout is None else dropout.keys.contiguous(),
-            total,
-            normed,
-            rstd,
-            *_dropout_arguments(x, dropout),
-            **tile(width, has_dropout=dropout is not None),
-            HAS_BRANCH=branch is not None,
-            HAS_DROPOUT=dropout is not None,
-            HAS_NORM=scale is not None,
-        )
+        with torch.cuda.device_of(x):
+            norm_fwd_kernel[(num_rows,)](
+                x,
+                x if branch is None else branch,
+                x if scale is None else scale.contiguous(),
+                x if dropout is None else dropout.keys.contiguous(),
+                total,
+                normed,
+                rstd,
+                *_dropout_arguments(x, dropout),
+                **tile(width, has_dropout=dropout is not None),
+                HAS_BRANCH=branch is not None,
+                HAS_DROPOUT=dropout is not None,
+                HAS_NORM=scale is not None,
+            )
     return total, normed, rstd
 
 
@@ -182,22 +183,23 @@ def launch_norm_bwd(
     programs = num_backward_programs(num_rows)
     d_scale = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     if num_rows and width:
-        norm_bwd_kernel[(programs,)](
-            total,
-            scale.contiguous(),
-            rstd,
-            d_normed.contiguous(),
-            total if d_total is None else d_total.contiguous(),
-            total if dropout is None else dropout.keys.contiguous(),
-            d_x,
-            d_branch,
-            d_scale,
-            num_rows,
-            *_dropout_arguments(total, dropout),
-            **tile(width, has_dropout=dropout is not None),
-            HAS_BRANCH=d_total is not None,
-            HAS_DROPOUT=dropout is not None,
-        )
+        with torch.cuda.device_of(total):
+            norm_bwd_kernel[(programs,)](
+                total,
+                scale.contiguous(),
+                rstd,
+                d_normed.contiguous(),
+                total if d_total is None else d_total.contiguous(),
+                total if dropout is None else dropout.keys.contiguous(),
+                d_x,
+                d_branch,
+                d_scale,
+                num_rows,
+                *_dropout_arguments(total, dropout),
+                **tile(width, has_dropout=dropout is not None),
+                HAS_BRANCH=d_total is not None,
+                HAS_DROPOUT=dropout is not None,
+            )
     return d_x, d_branch, d_scale.sum(0).to(scale.dtype)
 
 
@@ -207,9 +209,10 @@ def launch_dropout_bwd(d_total: Tensor, dropout: DropoutKey) -> Tensor:
     d_branch = torch.empty_like(d_total)
     num_rows, width = _rows(d_total)
     if num_rows and width:
-        dropout_bwd_kernel[(num_rows,)](
-            d_total, dropout.keys.contiguous(), d_branch, *_dropout_arguments(d_total, dropout), **tile(width, has_dropout=True)
-        )
+        with torch.cuda.device_of(d_total):
+            dropout_bwd_kernel[(num_rows,)](
+                d_total, dropout.keys.contiguous(), d_branch, *_dropout_arguments(d_total, dropout), **tile(width, has_dropout=True)
+            )
     return d_branch
 
 

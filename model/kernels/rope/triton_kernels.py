@@ -61,20 +61,21 @@ def launch_rope(x: Tensor, cos: Tensor, sin: Tensor, *, reverse: bool) -> Tensor
     cos, sin = cos.contiguous(), sin.contiguous()
     if num_rows:
         blocks = tile(head_dim)
-        rope_kernel[(triton.cdiv(num_rows, blocks["BLOCK_N"]),)](
-            x,
-            cos,
-            sin,
-            out,
-            num_rows,
-            heads,
-            length,
-            cos.stride(0) if len(cos) > 1 else 0,
-            *x.stride(),
-            *out.stride(),
-            **blocks,
-            REVERSED=reverse,
-        )
+        with torch.cuda.device_of(x):
+            rope_kernel[(triton.cdiv(num_rows, blocks["BLOCK_N"]),)](
+                x,
+                cos,
+                sin,
+                out,
+                num_rows,
+                heads,
+                length,
+                cos.stride(0) if len(cos) > 1 else 0,
+                *x.stride(),
+                *out.stride(),
+                **blocks,
+                REVERSED=reverse,
+            )
     return out
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from configs.errors import UserError
 from model.kernels.affine_coupling import interface, reference
 from model.kernels.affine_coupling.interface import affine_coupling, affine_coupling_inverse
+from model.kernels.dispatch import has_triton, triton_version
 from tests.model.kernels.checks import Compilation, assert_as_exact_as_eager, assert_same_twice, compile_for_gpu, strided
 
 NAMES = ("first", "second", "shift", "raw_scale")
@@ -14,6 +15,20 @@ SHAPES = [(768, 1, 1), (768, 1, 5), (3072, 1, 2), (12, 3, 341), (12, 1, 1), (48,
 """(C, images, tokens). Rows: 1, 1023, 251 and others that fill no tile; halves of odd size."""
 GPU_SHAPES = [(768, 64, 256), (3072, 8, 64), (12, 3, 341), (6, 1, 251), (8192, 1, 33)]
 EXTREMES = (-1e4, -80.0, -1e-4, 0.0, 1e-4, 80.0, 1e4)
+
+
+@pytest.fixture
+def triton_device(triton_device: torch.device) -> torch.device:
+    """As everywhere, but for a Triton that this kernel is not for."""
+    obstacle = permutes_on_chip()
+    if obstacle:
+        pytest.skip(obstacle)
+    return triton_device
+
+
+def permutes_on_chip() -> str:
+    """Why the installed Triton cannot; empty if it can."""
+    return "" if not has_triton() or triton_version() >= (3, 4) else "Triton permutes through shared memory from 3.4 on"
 
 
 def permutation(channels: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -110,6 +125,17 @@ def test_long_rows_and_double_precision_go_to_the_reference(triton_device: torch
     affine_coupling(*inputs.values(), order, inverse, joined=True)
     with pytest.raises(UserError, match="12 channels per token"):
         affine_coupling(*inputs.values(), order, inverse, joined=True, impl="triton")
+
+
+@pytest.mark.parametrize("half", range(4))
+def test_one_tensor_of_another_dtype_goes_to_the_reference(triton_device: torch.device, half: int) -> None:
+    """The kernel computes in what it reads, and there is no exponential of bf16 on a GPU."""
+    inputs = list(make_inputs(12, 1, 2, triton_device).values())
+    inputs[half] = inputs[half].bfloat16()
+    order, inverse = permutation(12, triton_device)
+    affine_coupling(*inputs, order, inverse, joined=True)
+    with pytest.raises(UserError, match="fp32, not bfloat16"):
+        affine_coupling(*inputs, order, inverse, joined=True, impl="triton")
 
 
 def shapes_on(device: torch.device) -> list[tuple[int, int, int]]:
@@ -255,6 +281,8 @@ def test_composed_chain_equals_uncomposed_chain(triton_device: torch.device, imp
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_for_gpus_without_spills(capability: int) -> None:
     triton_kernels = pytest.importorskip("model.kernels.affine_coupling.triton_kernels")
+    if permutes_on_chip():
+        pytest.skip(permutes_on_chip())
     compilations = []
     for channels in (768, 3072, interface.MAX_CHANNELS):
         block_r, block_c, num_warps = triton_kernels.block_sizes(channels)

@@ -31,10 +31,11 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch, fresh: None) -> Callable[..., None]:
-    """Says whether Triton is installed and interprets."""
+    """Says whether Triton is installed, which, and whether it interprets."""
 
-    def pretend(*, installed: bool = True, interprets: bool = False) -> None:
+    def pretend(*, installed: bool = True, interprets: bool = False, version: tuple[int, int] = (3, 6)) -> None:
         monkeypatch.setattr(dispatch, "has_triton", lambda: installed)
+        monkeypatch.setattr(dispatch, "triton_version", lambda: version)
         monkeypatch.setattr(dispatch, "is_interpreting", lambda: installed and interprets)
 
     return pretend
@@ -96,11 +97,32 @@ def test_gpu_takes_the_kernels_of_a_bf16_run(triton: Callable[..., None]) -> Non
 def test_explanation_is_in_the_dtype_that_the_operation_runs_in(triton: Callable[..., None]) -> None:
     """The flow's affine map is fp32 in a bf16 run, and has a kernel for fp32 alone."""
     triton()
-    gather = pytest.importorskip("triton.language")
-    if not hasattr(gather, "gather"):
-        pytest.skip("Triton before 3.3")
     assert chosen("cuda", BF16)["affine_coupling"] == chosen("cuda", torch.float32)["affine_coupling"] == "triton"
     assert choose("affine_coupling", "auto", CUDA, BF16) == "reference"
+
+
+def test_a_triton_too_old_for_a_kernel_leaves_it_to_the_next_implementation(triton: Callable[..., None]) -> None:
+    names = ("affine_coupling", "rope", "gmm_nll")
+    for version, expected in {
+        (3, 4): ("triton",) * 3,
+        (3, 3): ("reference", "triton", "triton"),
+        (3, 1): ("reference", "reference", "torch"),
+    }.items():
+        triton(version=version)
+        dispatch._choose.cache_clear()
+        assert tuple(chosen("cuda")[name] for name in names) == expected
+    triton(version=(3, 3))
+    reasons = {choice.operation: choice.reason for choice in explain("cuda", BF16)}
+    assert "not triton: Triton permutes through shared memory from 3.4 on, and this is 3.3" in reasons["affine_coupling"]
+    with pytest.raises(UserError, match=r"Triton permutes through shared memory from 3\.4 on"):
+        choose("affine_coupling", "triton", CUDA, torch.float32)
+    triton(version=(3, 1))
+    assert "not triton: it needs Triton 3.2 or later, not 3.1" in {choice.operation: choice.reason for choice in explain("cuda", BF16)}["rope"]
+
+
+def test_version_of_triton_is_read() -> None:
+    installed = pytest.importorskip("triton").__version__
+    assert installed.startswith("{}.{}.".format(*dispatch.triton_version()))
 
 
 def test_explanation_names_what_stood_in_the_way(triton: Callable[..., None]) -> None:

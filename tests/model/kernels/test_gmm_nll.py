@@ -280,6 +280,17 @@ def test_no_tokens(any_impl: str) -> None:
     assert all(float(weight.grad.abs().sum()) == 0 for weight in weights_of(inputs) if weight.grad is not None)
 
 
+@pytest.mark.parametrize("function", [linear_gmm_nll, linear_gmm_nll_loss])
+def test_gradients_of_gradients_are_refused(function: Callable[..., Tensor]) -> None:
+    """In the loss they would come out wrong without a word: its gradients are finished numbers."""
+    inputs = make_inputs((3, 6, 4, 3), dtype=torch.float64, device=torch.device("cpu"))
+    extra = () if function is linear_gmm_nll else (torch.ones(3),)
+    found = function(inputs["hidden"], inputs["soft"], weights_of(inputs), *extra, impl="torch")
+    (gradient,) = torch.autograd.grad((found if isinstance(found, Tensor) else found[0]).square().sum(), inputs["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_what_does_not_fit_is_named() -> None:
     inputs = make_inputs((4, 3, 2, 2), dtype=torch.float32, device=torch.device("cpu"))
     weights = weights_of(inputs)
@@ -308,9 +319,10 @@ def test_memory_held_between_the_passes_is_small() -> None:
 
 
 def compilations(dtype: str, *, soft_dim: int) -> list[Compilation]:
-    block_d = {128: 128, 16: 16, 3: 4}[soft_dim]
+    from model.kernels.gmm_nll.triton_kernels import block_sizes
+
     common = {"num_tokens": "i32", "num_mixtures": "i32", "soft_dim": "i32"}
-    constants: dict[str, object] = {"BLOCK_K": min(1024, 2048 // block_d), "BLOCK_D": block_d}
+    constants: dict[str, object] = dict(zip(("BLOCK_K", "BLOCK_D"), block_sizes(1024, soft_dim), strict=True))
     constexpr = {"TOKENS": "constexpr", "BLOCK_K": "constexpr", "BLOCK_D": "constexpr"}
     forward = {"RAW": f"*{dtype}", "LOGITS": "*fp32", "SOFT": "*fp32", "LOG_JOINT": "*fp32"}
     backward = {"RAW": f"*{dtype}", **dict.fromkeys(("LOG_JOINT", "JOINT", "WEIGHT", "SOFT", "D_SOFT", "D_BIAS"), "*fp32")}
@@ -329,7 +341,7 @@ def compilations(dtype: str, *, soft_dim: int) -> list[Compilation]:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_kernels_compile_without_spilling(capability: int) -> None:
-    wanted = [*compilations("bf16", soft_dim=128), *compilations("fp32", soft_dim=128), *compilations("fp32", soft_dim=3)]
+    wanted = [*compilations("bf16", soft_dim=128), *(one for soft_dim in (128, 16, 8, 3) for one in compilations("fp32", soft_dim=soft_dim))]
     for one, compiled in zip(wanted, compile_for_gpu(wanted, capability=capability), strict=True):
         assert compiled.spilled_bytes == 0, (one.kernel, compiled)
         assert compiled.registers <= 255, (one.kernel, compiled)
