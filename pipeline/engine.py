@@ -162,6 +162,8 @@ def _start_deepspeed(
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         engine.timers = NoopTimer()  # the default one keeps an event per step for ever
         _spare_copies(engine, layout)
+        if hasattr(engine.optimizer, "accumulate_hp_grads_and_remove_lp"):  # the bf16 one
+            module.sum_gradients_together(engine.optimizer)
         if is_fused:
             module.fuse_weight_gradients(engine.optimizer)
         assert_same_grid(layout, engine.grid)
