@@ -78,7 +78,7 @@ class _WeightedLoss(torch.autograd.Function):
                 "second backward pass through one forward pass of a loss whose gradients are made in the forward pass and handed out once\n"
                 "  to fix: run the forward pass again, or use the function that returns one nll per token, which recomputes"
             )
-        scaled = [None if gradient is None else gradient.mul_(d_loss) for gradient in gradients]
+        scaled = [None if gradient is None else _scaled(gradient, d_loss, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, None, *_handed_out(ctx.head, scaled, ctx.dtypes)
 
 
@@ -96,6 +96,13 @@ class _TokenNll(torch.autograd.Function):
         normalisers, *tensors = ctx.saved_tensors
         _, _, gradients = ctx.head.run(tensors, token_weight=d_nll.contiguous(), wanted=ctx.needs_input_grad[1:], normalisers=normalisers)
         return None, *_handed_out(ctx.head, gradients, [tensor.dtype for tensor in tensors])
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`: one pass and one rounding."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _handed_out(head: Head, gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:

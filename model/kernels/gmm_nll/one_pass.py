@@ -125,7 +125,7 @@ class _Sums:
         # The first chunk writes the two large sums whole; without any chunk they are 0.
         make = torch.empty if len(tensors[0]) else torch.zeros
         return _Sums(
-            hidden=torch.empty(tensors[0].shape, dtype=tensors[0].dtype, device=tensors[0].device) if hidden else None,
+            hidden=torch.empty(tensors[0].shape, dtype=wide, device=tensors[0].device) if hidden else None,
             soft=torch.empty(tensors[1].shape, dtype=tensors[1].dtype, device=tensors[1].device),
             weights=[(make if t.dim() in (2, 4) else torch.zeros)(t.shape, dtype=wide, device=t.device) for t in tensors[2:]] if weights else None,
         )

@@ -82,7 +82,7 @@ def _room(tensors: Sequence[Tensor], wanted: Sequence[bool], wide: torch.dtype) 
     hidden, weight, bias = tensors
     make = torch.empty_like if len(hidden) else torch.zeros_like
     return [
-        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted[0] else None,
+        torch.empty(hidden.shape, dtype=wide, device=hidden.device) if wanted[0] else None,
         make(weight, dtype=wide, memory_format=torch.contiguous_format) if wanted[1] else None,
         torch.zeros_like(bias, dtype=wide) if wanted[2] else None,
     ]
