@@ -141,10 +141,10 @@ def gmm_gradient_kernel(
 def block_sizes(num_mixtures: int, soft_dim: int) -> tuple[int, int]:
     """(BLOCK_K, BLOCK_D): all channels, and mixtures to fill a tile.
 
-    A quarter of it where rows are no multiple of 16 elements: the address of every single element would not fit into the registers beside.
+    Half of it where rows are no multiple of 16 elements: the address of every single element would not fit into the registers beside.
     """
     block_d = triton.next_power_of_2(soft_dim)
-    tile = TILE if soft_dim % 16 == 0 else TILE // 4
+    tile = TILE if soft_dim % 16 == 0 else TILE // 2
     return min(triton.next_power_of_2(num_mixtures), max(1, tile // block_d)), block_d
 
 
