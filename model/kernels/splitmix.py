@@ -67,7 +67,10 @@ def _xor_shifted(values: Tensor, bits: int) -> Tensor:
 
 def random_words(keys: Tensor, num_words: int) -> Tensor:
     """int64 [B, num_words], 64 random bits each, for keys int64 [B]."""
-    counters = torch.arange(1, num_words + 1, device=keys.device, dtype=torch.int64) * signed(GOLDEN)
+    # j + 1 as -~j and GOLDEN by halves, for torch.compile: a plain range times a constant it would take for an index, whose exact integers
+    # overflow its printer, and of a product whose sign it knows a C++ compiler assumes that it does not wrap.
+    complement = torch.arange(num_words, device=keys.device, dtype=torch.int64).bitwise_not()
+    counters = complement * -(GOLDEN & 0xFFFFFFFF) + (complement * -(GOLDEN >> 32) << 32)
     return mix(keys[:, None] + counters)
 
 

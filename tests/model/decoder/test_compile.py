@@ -121,12 +121,18 @@ def test_compiled_layers_give_the_loss_and_gradients_of_plain_torch(small_config
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(inductor.compiler_obstacle("cpu")), reason="nothing to compile with")
-def test_masks_are_the_same_bits_when_compiled():
+@pytest.mark.parametrize("shape", [(50, 33), (6, 64)], ids=["odd width", "width of whole words"])
+def test_masks_are_the_same_bits_when_compiled(shape):
+    """By themselves, and in one piece of code with what they mask, where the place of an element is the compiler's to simplify."""
     positions = torch.tensor([0, 5, 2**40])
     keys = streams.substream_keys(7, Stream.DROPOUT, positions, 4)[3]
+    expected = streams.keep_mask(7, Stream.DROPOUT, positions, shape, drop_probability=0.3, substream=3)
+    x = torch.rand(3, *shape)
     with torch._inductor.config.patch(compile_threads=1):
-        compiled = torch.compile(lambda keys: keep_mask(DropoutKey(keys, 0.3), (50, 33)))(keys)
-    assert torch.equal(compiled, streams.keep_mask(7, Stream.DROPOUT, positions, (50, 33), drop_probability=0.3, substream=3))
+        alone = torch.compile(lambda keys: keep_mask(DropoutKey(keys, 0.3), shape))(keys)
+        fused = torch.compile(lambda keys, x: 1 + torch.where(keep_mask(DropoutKey(keys, 0.3), shape), x, -1))(keys, x)
+    assert torch.equal(alone, expected)
+    assert torch.equal(fused, 1 + torch.where(expected, x, -1))
 
 
 def test_without_a_compiler_the_error_says_so(small_config, build_batch, randomise, monkeypatch):
