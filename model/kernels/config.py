@@ -19,6 +19,8 @@ class KernelsConfig:
     """Permutation, affine map and log-determinant of the flow."""
     rms_norm: Literal["auto", "triton", "apex", "reference"] = "auto"
     """RMSNorm, with the residual addition and dropout before it."""
+    layer_norm: Literal["auto", "triton", "reference"] = "auto"
+    """LayerNorm of the flow's ViT blocks, with the residual addition before it."""
     rope: Literal["auto", "triton", "reference"] = "auto"
     geglu: Literal["auto", "triton", "liger", "reference"] = "auto"
     mixture_sample: Literal["auto", "triton", "reference"] = "auto"

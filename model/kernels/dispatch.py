@@ -234,6 +234,10 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("apex", "fused norm", _APEX_NORM),
         Implementation("reference", "plain torch", _nothing),
     ),
+    "layer_norm": (
+        Implementation("triton", "residual and norm in one pass", _triton),
+        Implementation("reference", "plain torch", _nothing),
+    ),
     "rope": (
         Implementation("triton", "one pass", _triton),
         Implementation("reference", "plain torch", _nothing),
@@ -259,5 +263,5 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
 }
 """Operation -> implementations, the one that `auto` prefers first."""
 
-ALWAYS_FP32 = frozenset({"affine_coupling", "optimizer"})
-"""Operations on fp32 tensors in a bf16 run too: the flow's affine map (spec 1.3) and the masters of the weights."""
+ALWAYS_FP32 = frozenset({"affine_coupling", "layer_norm", "optimizer"})
+"""Operations on fp32 tensors in a bf16 run too: the flow's affine map and residual stream (spec 1.3) and the masters of the weights."""

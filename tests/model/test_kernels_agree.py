@@ -14,9 +14,23 @@ from model.kernels.dispatch import is_interpreting
 from tests.model.kernels.checks import assert_as_exact_as_eager
 
 REFERENCE = KernelsConfig(
-    gmm_nll="reference", linear_cross_entropy="reference", affine_coupling="reference", rms_norm="reference", rope="reference", geglu="reference"
+    gmm_nll="reference",
+    linear_cross_entropy="reference",
+    affine_coupling="reference",
+    rms_norm="reference",
+    layer_norm="reference",
+    rope="reference",
+    geglu="reference",
 )
-FUSED = KernelsConfig(gmm_nll="triton", linear_cross_entropy="torch", affine_coupling="triton", rms_norm="triton", rope="triton", geglu="triton")
+FUSED = KernelsConfig(
+    gmm_nll="triton",
+    linear_cross_entropy="torch",
+    affine_coupling="triton",
+    rms_norm="triton",
+    layer_norm="triton",
+    rope="triton",
+    geglu="triton",
+)
 
 Build = Callable[[KernelsConfig], JetFormer]
 
