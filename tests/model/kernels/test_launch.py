@@ -26,6 +26,11 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "geglu_bwd_kernel": [{"BLOCK_N": 1024}],
     "gmm_log_joint_kernel": [{"TOKENS": 8, "BLOCK_K": 1, "BLOCK_D": 1, "FAST": True}],
     "gmm_gradient_kernel": [{"TOKENS": 64, "BLOCK_K": 1, "BLOCK_D": 1}],
+    "layer_norm_fwd_kernel": [{"WIDTH": 1, "BLOCK_R": 1, "BLOCK_W": 1, "GROUP": 1, "HAS_BRANCH": branch} for branch in (True, False)],
+    "layer_norm_bwd_kernel": [
+        {"WIDTH": 1, "BLOCK_R": 1, "BLOCK_W": 1, "GROUP": 1, "HAS_TOTAL": total, "WRITES_X": x, "WRITES_BRANCH": branch}
+        for total, x, branch in ((True, True, True), (False, True, False), (True, False, True))
+    ],
     "mixture_sample_kernel": [{"COPIES": copies, "EPILOGUE": rule, "BLOCK_C": 2, "BLOCK_W": 1} for copies, rule in ((1, 0), (2, 1), (2, 2), (2, 3))],
     "norm_fwd_kernel": [
         {"WIDTH": 1, "BLOCK_W": 1, "GROUP": 1, "HAS_BRANCH": branch, "HAS_DROPOUT": dropout, "HAS_NORM": norm}
@@ -39,7 +44,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
 }
 """Kernel -> constants of its smallest tiles, with every flag on and off."""
 WHOLE_NUMBERS = {"ORDER": "*i32", "INVERSE_ORDER": "*i32", "KEYS": "*i64", "COMPONENT": "*i64"}
-SINGLE = {"LOGITS", "SOFT", "LOG_JOINT", "JOINT", "WEIGHT", "D_SOFT", "D_BIAS", "RSTD", "D_SCALE", "COS", "SIN", "NOISE", "SCALE"}
+SINGLE = {"LOGITS", "SOFT", "LOG_JOINT", "JOINT", "WEIGHT", "D_SOFT", "D_BIAS", "MEAN", "RSTD", "D_WEIGHT", "D_SCALE", "COS", "SIN", "NOISE", "SCALE"}
 FRACTIONS = {"constant", "keep_probability", "cfg_scale", "min_scale", "temperature"}
 
 
@@ -75,6 +80,7 @@ def test_kernels_compile_for_every_kind_of_integer(integers: str) -> None:
         if path.parent.name == "affine_coupling" and triton_version() < (3, 4):
             continue
         for kernel in kernels_of(path):
+            assert kernel.name in VARIANTS, f"add the smallest tile and the flags of {kernel.name} to VARIANTS"
             compilations += [compilation(path, kernel, constants, integers=integers) for constants in VARIANTS[kernel.name]]
     assert len(checks.compile_for_gpu(compilations)) == len(compilations)
 
