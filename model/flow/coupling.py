@@ -165,16 +165,20 @@ class Coupling(nn.Module):
         """From this coupling's order of the channels to that of `other`, or to that of the subpixels."""
         layers = [self] if other is None else [self, other]
         buffers = [buffer for layer in layers for buffer in (layer.permutation, layer.inverse_permutation)]
+        if any(buffer.is_inference() for buffer in buffers):
+            return self._build_order(buffers)  # inference tensors do not tell when they change
         # Permutations change under load_state_dict and set_permutation, and move with the module. Kept buffers keep their identity.
         versions = [buffer._version for buffer in buffers]
         kept = self._orders.get((id(self), id(other)))
         if kept is None or kept[1] != versions or any(a is not b for a, b in zip(kept[0], buffers, strict=True)):
-            if self.spatial:  # tokens change places, channels do not
-                order = Order.identity(self.config.image.token_dim, buffers[0].device)
-            else:
-                order = Order.between((buffers[0], buffers[1]), None if other is None else (buffers[2], buffers[3]))
-            kept = self._orders[id(self), id(other)] = (buffers, versions, order)
+            with torch.inference_mode(False):  # what is kept serves training as well
+                kept = self._orders[id(self), id(other)] = (buffers, versions, self._build_order(buffers))
         return kept[2]
+
+    def _build_order(self, buffers: list[Tensor]) -> Order:
+        if self.spatial:  # tokens change places, channels do not
+            return Order.identity(self.config.image.token_dim, buffers[0].device)
+        return Order.between((buffers[0], buffers[1]), (buffers[2], buffers[3]) if len(buffers) > 2 else None)
 
 
 def link_couplings(layers: Iterable[nn.Module]) -> None:

@@ -222,6 +222,28 @@ def test_kernel_computes_the_loss_and_the_gradients_of_the_reference(small_confi
         torch.testing.assert_close(triton[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use(small_config, randomise, build_batch):
+    batch = build_batch(small_config)
+    expected = randomise(build_jetformer(small_config))(batch).total_loss()
+    model = randomise(build_jetformer(small_config))
+    with torch.inference_mode():
+        model.decode(model.encode(torch.randn(2, small_config.image.num_tokens, small_config.image.token_dim))[0])
+    loss = model(batch).total_loss()
+    loss.backward()
+    assert torch.equal(loss, expected)
+
+
+def test_a_model_made_in_inference_mode_follows_its_permutations(small_config, randomise):
+    x = torch.randn(2, small_config.image.num_tokens, small_config.image.token_dim)
+    with torch.inference_mode():
+        model = randomise(build_jetformer(small_config))
+        before = model.encode(x)[0]
+        model.coupling(0).set_permutation(model.coupling(0).permutation.roll(1))
+        after = model.encode(x)[0]
+        assert not torch.equal(before, after)
+        assert torch.allclose(model.decode(after), x, atol=1e-5)
+
+
 def test_scale_is_capped_at_two_per_coupling(small_config):
     model = build_jetformer(small_config)
     with torch.no_grad():
