@@ -16,6 +16,7 @@ from configs.errors import UserError
 from model import init
 from model.batch import Batch
 from model.kernels.dispatch import choose
+from model.kernels.preflight import check_kernels
 from model.layers import LayerSpec, layer_specs
 from pipeline.config import RunConfig
 from pipeline.optim import build_optimizer
@@ -170,6 +171,16 @@ def _start_deepspeed(
     return engine
 
 
+def check_forced_kernels(config: RunConfig, layout: Layout) -> None:
+    """Refuses, before anything is opened or built, what `kernels.*` forces and this machine or layout cannot do.
+
+    Raises:
+        UserError: an implementation cannot run here.
+    """
+    check_kernels(config.kernels, layout.device, _parameter_dtype(config))
+    fuses_weight_gradients(config, layout)
+
+
 def fuses_weight_gradients(config: RunConfig, layout: Layout) -> bool:
     """Whether Megatron-core's linears add their weight gradients to the fp32 accumulator inside the matrix product.
 
@@ -189,8 +200,11 @@ def fuses_weight_gradients(config: RunConfig, layout: Layout) -> bool:
             expected="parallel.tensor of 2 or more, parallel.precision=bf16 and kernels.compile=off",
             fix="set kernels.gradient_accumulation_fusion=auto",
         )
-    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-    return not obstacle and choose("gradient_accumulation_fusion", requested, layout.device, dtype) == "on"
+    return not obstacle and choose("gradient_accumulation_fusion", requested, layout.device, _parameter_dtype(config)) == "on"
+
+
+def _parameter_dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
 
 
 def _spare_copies(engine: Any, layout: Layout) -> None:

@@ -22,7 +22,7 @@ from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.checkpoint.weights import load_weights, run_config_of
 from pipeline.config import RunConfig
 from pipeline.data.loader import EvalLoader
-from pipeline.engine import build_stage
+from pipeline.engine import build_stage, check_forced_kernels
 from pipeline.parallel.agreement import joined, open_dataset_together, together
 from pipeline.parallel.environment import ProcessEnvironment
 from pipeline.parallel.layout import Layout
@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate_checkpoint(arguments: argparse.Namespace, config: RunConfig, layout: Layout) -> None:
     """Scores the checkpoint on every rank; rank 0 prints the record and appends it to the run's eval.jsonl."""
     start = time.perf_counter()
+    together(layout, lambda: check_forced_kernels(config, layout))
     with together(layout, lambda: open_checkpoint(arguments.source, group=layout.control_group)) as reader:
         dataset = open_dataset_together(layout, config.data.path, config.data.generation)
         if config.data.text == "caption":

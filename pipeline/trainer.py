@@ -25,7 +25,7 @@ from pipeline.checkpoint.weights import can_resume, check_architecture
 from pipeline.checkpoint.writer import KeepPolicy, SaveFailed, save
 from pipeline.config import RunConfig
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.engine import Engine, StepResult
+from pipeline.engine import Engine, StepResult, check_forced_kernels
 from pipeline.evaluate import evaluate, summary_line
 from pipeline.metrics import MetricsMeter, console_line
 from pipeline.parallel.agreement import SharedUserError, open_dataset_together, together
@@ -57,9 +57,10 @@ class Trainer:
         """Opens data and checkpoint, builds the engine, loads the state to continue from.
 
         Raises:
-            SharedUserError: on every rank, if the data set, the checkpoint or the folder does not fit the run.
+            SharedUserError: on every rank, if the data set, the checkpoint or the folder does not fit the run, or a forced kernel cannot run.
         """
         self.config, self.layout = config, layout
+        together(layout, lambda: check_forced_kernels(config, layout))
         self.run_dir = Path(config.output_dir)
         reader = self._open_checkpoint()
         resumes = reader is not None and can_resume(reader)

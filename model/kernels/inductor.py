@@ -28,7 +28,7 @@ def run_compiled(function: Function, device: torch.device) -> Function:
     Raises:
         UserError: nothing compiles for this device here.
     """
-    _require_compiler(device.type)
+    require_compiler(device.type)
     return _compiled(function)
 
 
@@ -62,7 +62,12 @@ def _missing(variable: str, names: tuple[str, ...], what: str) -> str:
 
 
 @cache
-def _require_compiler(device_type: str) -> None:
+def require_compiler(device_type: str) -> None:
+    """Nothing, if torch.compile works for a device here.
+
+    Raises:
+        UserError: it does not.
+    """
     obstacle = compiler_obstacle(device_type)
     if obstacle:
         raise UserError(

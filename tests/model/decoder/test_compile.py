@@ -35,7 +35,7 @@ def traced_only(monkeypatch):
         return compiled.setdefault(function, torch.compile(function, backend="eager", fullgraph=True))
 
     monkeypatch.setattr(inductor, "_compiled", trace)
-    monkeypatch.setattr(inductor, "_require_compiler", lambda device_type: None)
+    monkeypatch.setattr(inductor, "require_compiler", lambda device_type: None)
 
 
 def config_of(small_config, *, depth=3):
@@ -138,10 +138,10 @@ def test_masks_are_the_same_bits_when_compiled(shape):
 def test_without_a_compiler_the_error_says_so(small_config, build_batch, randomise, monkeypatch):
     monkeypatch.setattr(inductor.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
-    inductor._require_compiler.cache_clear()
+    inductor.require_compiler.cache_clear()
     with pytest.raises(UserError, match=r"(?s)kernels.compile=layers.*C\+\+ compiler.*not on PATH.*kernels.compile=off"):
         losses_and_gradients(config_of(small_config), [build_batch(small_config)], randomise, "layers", "none")
-    inductor._require_compiler.cache_clear()
+    inductor.require_compiler.cache_clear()
 
 
 @pytest.mark.parametrize(("device", "said"), [("cuda", "Triton"), ("mps", "mps")])
