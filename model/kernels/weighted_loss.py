@@ -51,7 +51,11 @@ def token_nll(head: Head, *tensors: Tensor) -> Tensor:
 
 
 def weighted_loss(head: Head, token_weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum_n token_weight_n nll_n, differentiable once; nll [N], constant). A token of weight 0 is left out even if its nll is not finite."""
+    """(sum_n token_weight_n nll_n, differentiable once; nll [N], constant).
+
+    A token of weight 0 is left out of the sum even if its nll is not finite. Of the gradients it is left out if its nll is finite: as by
+    autograd, they hold 0 times the token's own.
+    """
     return _WeightedLoss.apply(head, token_weight, torch.is_grad_enabled(), *tensors)
 
 

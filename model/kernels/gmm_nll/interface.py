@@ -70,7 +70,8 @@ def linear_gmm_nll_loss(
     """sum_n token_weight_n * -log p(soft_n): the loss of training, with gradients computed in the forward pass.
 
     Args:
-        token_weight: [N], constants; tokens of weight 0 count nothing, even where their likelihood is not finite.
+        token_weight: [N], constants; tokens of weight 0 count nothing in the loss, even where their likelihood is not finite (in the
+            gradients, where it is finite).
         Others as `linear_gmm_nll`.
 
     Returns:
