@@ -138,6 +138,24 @@ def rms_norm(context: Context) -> Iterator[Case]:
     yield Case("add_dropout_rms_norm", "rms_norm", shape, leaves, run, 4 * size, 5 * size)
 
 
+def layer_norm(context: Context) -> Iterator[Case]:
+    """Of the flow's ViT blocks: the stream in fp32, the branch and the norm in the dtype of the products."""
+    from model.kernels.layer_norm.interface import add_layer_norm
+
+    batch, tokens, width = (4, 16, 96) if context.small else (128, 256, 512)
+    draw = _drawer(context.device)
+    leaves = {"branch": draw(batch, tokens, width), "x": draw(batch, tokens, width, dtype=torch.float32), "weight": draw(width), "bias": draw(width)}
+
+    def run(impl: str, x: Leaves) -> tuple[Tensor, ...]:
+        return add_layer_norm(x["x"], x["branch"], x["weight"], x["bias"], out_dtype=x["branch"].dtype, impl=impl)
+
+    wide, narrow = _bytes(leaves["x"]), _bytes(leaves["branch"])
+    shape = f"x [{batch}, {tokens}, {width}] fp32, branch {_name(leaves['branch'])}"
+    # Backward: the sum, its gradient and that of the norm; those of x and of the branch, which are one tensor in fp32.
+    backward = 3 * wide + 2 * narrow if narrow < wide else 4 * wide
+    yield Case("add_layer_norm", "layer_norm", shape, leaves, run, 2 * wide + 2 * narrow, backward)
+
+
 def rope(context: Context) -> Iterator[Case]:
     """Queries, as the projection leaves them: heads between positions and channels."""
     from model.decoder.rope import rope_tables
@@ -218,7 +236,7 @@ def affine_coupling(context: Context) -> Iterator[Case]:
         yield Case(name, "affine_coupling", shape, leaves, run, 6 * size, 8 * size)
 
 
-CASES: list[Callable[[Context], Iterator[Case]]] = [affine_coupling, rms_norm, rope, geglu, mixture_sample]
+CASES: list[Callable[[Context], Iterator[Case]]] = [affine_coupling, rms_norm, layer_norm, rope, geglu, mixture_sample]
 
 
 def _drawer(device: Device) -> Callable[..., Tensor]:

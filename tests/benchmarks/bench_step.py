@@ -176,8 +176,8 @@ def variants(context: Context, model: JetFormerConfig) -> list[Variant]:
     found = [Variant("plain torch, fp32 products in fp32", {}, model)]
     if device.is_cuda:
         found.append(Variant("+ tf32", {"tf32": True}, model))
-    dtypes = {"affine_coupling": torch.float32}
-    for operation in ("gmm_nll", "linear_cross_entropy", "affine_coupling", "rms_norm", "rope", "geglu"):
+    dtypes = {"affine_coupling": torch.float32, "layer_norm": torch.float32}
+    for operation in ("gmm_nll", "linear_cross_entropy", "affine_coupling", "rms_norm", "layer_norm", "rope", "geglu"):
         chosen = choose(operation, "auto", device.device, dtypes.get(operation, device.dtype))
         if chosen != "reference":
             found.append(Variant(f"+ {operation}: {chosen}", {operation: chosen}, model))
