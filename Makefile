@@ -3,7 +3,7 @@
 #   make test    the default test suite (CPU only)
 #   make check   format, lint, types, architecture: seconds
 #   make bench   measurements (tests/benchmarks); make bench-prep: data preparation against img2dataset
-#   make bench-gpu       kernels, training step and sampling on one GPU, under eight minutes; bench-kernels ARGS=--small: on a CPU
+#   make bench-gpu       kernels, training step and sampling on one GPU, under eight minutes; bench-kernels: small, on a CPU
 #   make peers   our data sets read by webdataset, energon, datasets, Ray Data and tar, which it installs beside .venv
 #   make env     the environment in .venv, made once and again when setup.py changes
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0; a local wheel or an index of CPU builds is taken when pip knows one),
@@ -62,9 +62,11 @@ bench-prep: env
 
 # A machine with a GPU has torch and Triton of its own: without .venv these take the Python that is there, and install nothing.
 bench-gpu bench-kernels: BENCH_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu: SECTIONS = bench_gpu
+bench-kernels: SECTIONS = bench_kernels --small
 bench-gpu bench-kernels:
 	@$(BENCH_PYTHON) -c 'import torch' || { echo "$(BENCH_PYTHON) has no torch: make env, or name another: make $@ PYTHON=..." >&2; exit 2; }
-	@$(BENCH_PYTHON) -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
+	@$(BENCH_PYTHON) -m tests.benchmarks.$(SECTIONS) $(ARGS)
 
 peers: env
 	@$(PIP) install -e '.[peers]'

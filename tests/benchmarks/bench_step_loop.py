@@ -31,6 +31,7 @@ REFERENCE = KernelsConfig(
     linear_cross_entropy="reference",
     affine_coupling="reference",
     rms_norm="reference",
+    layer_norm="reference",
     rope="reference",
     geglu="reference",
     mixture_sample="reference",

@@ -16,7 +16,7 @@ KINDS = (
     ("compiled by torch", r"^triton_"),
     ("optimiser", r"adam|multi_tensor"),
     ("copies", r"memcpy|memset|copy|CatArray|aten::(cat|clone|fill_|zero_|contiguous)"),
-    ("sums and norms", r"reduce|layer_norm|norm_kernel|softmax|aten::(sum|mean|logsumexp|native_layer_norm|_foreach_norm)"),
+    ("sums and norms", r"reduce|layer_norm(?!_(?:fwd|bwd)_kernel$)|norm_kernel|softmax|aten::(sum|mean|logsumexp|native_layer_norm|_foreach_norm)"),
     ("our kernels", r"^_?[a-z0-9_]+(_kernel|_fwd|_bwd)[a-z0-9_]*$"),
     ("elementwise", r"elementwise|vectorized|unrolled|at::native|aten::"),
 )
