@@ -51,7 +51,7 @@ EXTRAS = {
         "datasketch>=1.6",
         "py3langid>=0.4",
         "psutil>=5.9",
-        "triton>=3.3; platform_system == 'Linux'",  # its interpreter runs the kernels in the default tests
+        "triton>=3.2; platform_system == 'Linux'",  # its interpreter runs the kernels in the default tests
     ],
 }
 

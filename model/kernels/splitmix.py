@@ -56,7 +56,7 @@ def shift_right(values: Tensor, bits: int) -> Tensor:
 
 def mix(values: Tensor) -> Tensor:
     """The finaliser, elementwise on int64; multiplication wraps as needed. Works in one new tensor: memory traffic is its cost."""
-    for bits, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
+    for bits, multiplier in zip(SHIFTS[:2], MULTIPLIERS, strict=True):
         values = _xor_shifted(values, bits).mul_(signed(multiplier))
     return _xor_shifted(values, SHIFTS[2])
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.kernels.dispatch import has_triton, triton_version
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-3}
 """Relative, added to eager's own error."""
@@ -48,6 +50,11 @@ def assert_same_twice(run: Callable[[], Mapping[str, Tensor]]) -> None:
     first, second = run(), run()
     different = [name for name in first if not torch.equal(first[name].nan_to_num(7.0), second[name].nan_to_num(7.0))]
     assert not different, f"not the same twice: {different}"
+
+
+def permutes_on_chip() -> str:
+    """Why the installed Triton cannot run the flow's kernel; empty if it can, or if there is none."""
+    return "" if not has_triton() or triton_version() >= (3, 4) else "Triton permutes through shared memory from 3.4 on"
 
 
 def strided(x: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 from configs.errors import UserError
 from model.kernels.affine_coupling import interface, reference
 from model.kernels.affine_coupling.interface import affine_coupling, affine_coupling_inverse
-from model.kernels.dispatch import has_triton, triton_version
-from tests.model.kernels.checks import Compilation, assert_as_exact_as_eager, assert_same_twice, compile_for_gpu, strided
+from tests.model.kernels.checks import Compilation, assert_as_exact_as_eager, assert_same_twice, compile_for_gpu, permutes_on_chip, strided
 
 NAMES = ("first", "second", "shift", "raw_scale")
 SHAPES = [(768, 1, 1), (768, 1, 5), (3072, 1, 2), (12, 3, 341), (12, 1, 1), (48, 251, 1), (192, 1, 17), (6, 1, 251), (2, 1, 9)]
@@ -24,11 +23,6 @@ def triton_device(triton_device: torch.device) -> torch.device:
     if obstacle:
         pytest.skip(obstacle)
     return triton_device
-
-
-def permutes_on_chip() -> str:
-    """Why the installed Triton cannot; empty if it can."""
-    return "" if not has_triton() or triton_version() >= (3, 4) else "Triton permutes through shared memory from 3.4 on"
 
 
 def permutation(channels: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
