@@ -42,6 +42,7 @@ EXTRAS = {
         "mypy>=1.11",
         "types-PyYAML",
         "types-tqdm",
+        "aiobotocore>=2.19",  # of s3fs; named before moto, whose boto3 it limits: pip on its own tries every s3fs instead, for ever
         "moto[server]>=5.0",
         "s3fs>=2024.12",
         "obstore>=0.12; python_version >= '3.11'",

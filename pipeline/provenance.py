@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.loader import config_hash
 from pipeline.config import RunConfig
 
@@ -41,7 +43,7 @@ def library_versions() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | {"torch": str(torch.__version__)}  # of the wheels for CUDA the metadata does not say which
 
 
 def provenance(config: RunConfig, argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -157,15 +157,14 @@ def test_latents_and_soft_tokens_cross_an_edge_bit_by_bit(results: Path, layout:
 
 @pytest.mark.parametrize("layout", ALL_NAMES)
 def test_bf16_stays_within_rounding_of_fp32(results: Path, layout: str) -> None:
-    num_steps, _ = SCENARIOS["bf16"]
-    found, expected = records(results, layout, "bf16")[0], records(results, REFERENCE, "base")[0]
+    found, expected = records(results, layout, "bf16")[0], records(results, REFERENCE, "smooth")[0]
     # A bf16 product is off by up to 2^-8; losses average many of them, gradients pass through several layers of them.
-    assert found.losses == pytest.approx(expected.losses[:num_steps], rel=2**-8)
+    assert found.losses == pytest.approx(expected.losses, rel=2**-8)
     assert found.norms[0] == pytest.approx(expected.norms[0], rel=4 * 2**-8)
-    # Adam's first updates move every weight by about the learning rate whatever its gradient, so rounding that turns the sign of a small
-    # gradient moves a weight the other way. Over 12 seeds the later norms scatter by 0.6 %, up to 1.9 % (LOG.md, 2026-11-22).
-    assert found.norms == pytest.approx(expected.norms[:num_steps], rel=10 * 2**-8)
-    assert found.losses != expected.losses[:num_steps], "bf16 must differ from fp32 in something"
+    # From the first update on the weights differ too, as bf16 rounds what the layers read. Over 16 seeds these norms scatter by 0.8 %, up to 2 %
+    # (LOG.md, 2026-11-22).
+    assert found.norms == pytest.approx(expected.norms, rel=10 * 2**-8)
+    assert found.losses != expected.losses, "bf16 must differ from fp32 in something"
 
 
 def test_clipping_is_in_force(results: Path) -> None:

@@ -41,6 +41,9 @@ MORE_LAYOUTS = ((1, 4, 1),)
 """Trained, not resumed: with 4 stages one cut falls inside the flow."""
 SAVED_STEP, NUM_STEPS = 3, 8
 LEARNING_RATE = 3e-3
+SMOOTH_EPS = 1e-3
+"""Of Adam, about the size of a gradient element: updates then follow gradients smoothly. With a small one the first updates move every weight
+by the learning rate whatever its gradient, and rounding that turns the sign of a small gradient grows into percents of the next norms."""
 NUM_SAMPLES = 97
 
 BASE: dict[str, Any] = {
@@ -60,7 +63,8 @@ BASE: dict[str, Any] = {
 SCENARIOS: dict[str, tuple[int, dict[str, Any]]] = {
     "base": (NUM_STEPS, {}),
     "recompute": (3, {"parallel": {"recompute": "full"}}),
-    "bf16": (3, {"parallel": {"precision": "bf16"}}),
+    "smooth": (3, {"optimizer": {"eps": SMOOTH_EPS}}),
+    "bf16": (3, {"parallel": {"precision": "bf16"}, "optimizer": {"eps": SMOOTH_EPS}}),
     "unclipped": (2, {"optimizer": {"gradient_clipping": 0.0}}),
     # One example per micro-batch: under tensor parallelism some ranks have no image of their own.
     "single": (3, {"data": {"global_batch_size": 4, "micro_batch_size": 1}}),

@@ -8,13 +8,13 @@ import torch
 from model.batch import Batch, NoiseSettings, make_batch
 from model.config import DecoderConfig, FlowConfig, GmmConfig, ImageConfig, JetFormerConfig, ObjectiveConfig, TextConfig
 from model.jetformer import JetFormer, build_jetformer
-from tests.model.kernels.interpreter import rounding_to_nearest
+from tests.model.kernels.interpreter import arrays_of_one_as_indices, rounding_to_nearest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bf16_of_the_interpreter() -> Iterator[None]:
+def mended_interpreter() -> Iterator[None]:
     """Triton's interpreter cuts fp32 off to bf16; here it rounds to the nearest, as GPUs do."""
-    with rounding_to_nearest():
+    with rounding_to_nearest(), arrays_of_one_as_indices():
         yield
 
 

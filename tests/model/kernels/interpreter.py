@@ -1,4 +1,4 @@
-"""Triton's interpreter truncates fp32 to bf16 where a GPU rounds to the nearest: under this it rounds."""
+"""Triton's interpreter as the tests need it: it rounds as a GPU does, and lives with newer numpy."""
 
 import importlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from model.kernels.dispatch import is_interpreting
+from model.kernels.dispatch import is_interpreting, triton_version
 
 
 @contextmanager
@@ -30,4 +30,21 @@ def rounding_to_nearest() -> Iterator[None]:
         return wide.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
 
     with mock.patch.object(interpreter, "_convert_float", convert_rounded):
+        yield
+
+
+@contextmanager
+def arrays_of_one_as_indices() -> Iterator[None]:
+    """Triton up to 3.6 asks numpy for the int of an array of one element, which numpy refuses from 2.4 on."""
+    if not is_interpreting() or triton_version() > (3, 6):
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    with mock.patch.object(interpreter, "_patch_lang_tensor", patch_and_mend):
         yield
