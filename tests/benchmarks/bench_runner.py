@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 
 from tests.benchmarks.bench_prep_report import table
-from tests.benchmarks.bench_section import Context, Section, scrub
+from tests.benchmarks.bench_section import Context, Section, breaks_device, scrub
 
 REPORTS = Path(__file__).parent / "reports"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -59,6 +59,10 @@ LEAST = 0.3
 """A section is not begun with less than this share of its expected seconds left."""
 PATIENCE = 2.0
 """A child is ended after this many times the expected seconds of its section."""
+STARTUP = 30.0
+"""Seconds more for the first section of a child: the first import of torch reads gigabytes from the disk."""
+GAVE_UP = 3
+"""Status of a child whose device an error may have broken: the section is recorded, those after it want another process."""
 
 
 def main(argv: Sequence[str], *, default: Sequence[str], name: str, doc: str | None) -> int:
@@ -133,10 +137,12 @@ class Runner:
                 self._finish(left.pop(0), section)
                 began = time.monotonic()
                 continue
+            if ended and child.returncode == GAVE_UP and len(left) < len(group):
+                return left
             if ended:
                 reason = f"its process ended with status {child.returncode}"
                 break
-            allowed = PATIENCE * SECTIONS[left[0]].seconds * (5 if self.given.small else 1)
+            allowed = PATIENCE * SECTIONS[left[0]].seconds * (5 if self.given.small else 1) + (STARTUP if len(left) == len(group) else 0.0)
             if time.monotonic() - began > allowed or self._seconds_left() < -PATIENCE * 10:
                 reason = f"was ended after {time.monotonic() - began:.0f} s"
                 break
@@ -208,9 +214,9 @@ def run_child(given: argparse.Namespace) -> int:
             section.fail(error)
         section.seconds, section.is_done = time.monotonic() - start, True
         section.save()
+        if section.error and breaks_device(section.error):
+            return GAVE_UP
         device.release()
-        if section.error and "CUDA error" in section.error:
-            return 3
     return 0
 
 

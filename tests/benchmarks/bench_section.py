@@ -110,6 +110,11 @@ def describe_error(error: BaseException) -> str:
     return scrub(f"{type(error).__name__}: {message} ({' > '.join(frames)})")
 
 
+def breaks_device(error: BaseException | str) -> bool:
+    """Whether this process can do nothing more on its GPU after an error: those of CUDA stay, as torch and as Triton report them."""
+    return any(sign in str(error) for sign in ("CUDA error", "Triton Error [CUDA]"))
+
+
 def scrub(text: str) -> str:
     """Without the folders of this machine."""
     return MACHINE_PATH.sub("", text)
