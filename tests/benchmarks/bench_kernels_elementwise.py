@@ -13,7 +13,7 @@ from torch import Tensor
 from model.kernels.dispatch import choose
 from tests.benchmarks.bench_checks import compare_with_reference
 from tests.benchmarks.bench_device import Device, Timing, share
-from tests.benchmarks.bench_section import Context, Section, describe_error
+from tests.benchmarks.bench_section import Context, Section, breaks_device, describe_error
 
 Leaves = dict[str, Tensor]
 BANDWIDTH_AIM = 0.8
@@ -81,7 +81,7 @@ def elementwise(context: Context, section: Section) -> None:
             for case in build(context):
                 _measure(context, section, case, rows, copies)
         except Exception as error:
-            if "CUDA error" in str(error):
+            if breaks_device(error):
                 raise
             failed.append(error)
             section.item("checks", f"**{build.__name__} failed**: {describe_error(error)}")
@@ -212,7 +212,11 @@ def mixture_sample(context: Context) -> Iterator[Case]:
 
 
 def affine_coupling(context: Context) -> Iterator[Case]:
-    """As between two couplings (two halves out), and as the last one (one tensor out); shift and raw scale are halves of one tensor."""
+    """As between two couplings (two halves out), and as the last one (one tensor out).
+
+    Shift and raw scale are leaves of their own: autograd would join the gradients of two halves of one tensor, which is a copy and no part of
+    what is measured.
+    """
     from model.kernels.affine_coupling.interface import affine_coupling as couple
 
     device = context.device.device
@@ -220,14 +224,12 @@ def affine_coupling(context: Context) -> Iterator[Case]:
     draw, half = _drawer(context.device), channels // 2
     order = torch.randperm(channels, generator=torch.Generator().manual_seed(3)).to(device=device, dtype=torch.int32)
     inverse_order = torch.argsort(order).to(torch.int32)
-    leaves = {name: draw(batch, tokens, half, dtype=torch.float32) for name in ("first", "second")}
-    leaves["parameters"] = draw(batch, tokens, channels, dtype=torch.float32)
+    leaves = {name: draw(batch, tokens, half, dtype=torch.float32) for name in ("first", "second", "shift", "raw_scale")}
     size = _bytes(leaves["first"])
     for joined in (False, True):
 
         def run(impl: str, x: Leaves, joined: bool = joined) -> tuple[Tensor, ...]:
-            shift, raw_scale = x["parameters"].chunk(2, dim=-1)
-            out, logdet = couple(x["first"], x["second"], shift, raw_scale, order, inverse_order, joined=joined, impl=impl)
+            out, logdet = couple(*x.values(), order, inverse_order, joined=joined, impl=impl)
             return *out, logdet
 
         shape = f"[{batch}, {tokens}, {channels}] fp32, {'one tensor' if joined else 'two halves'} out"
