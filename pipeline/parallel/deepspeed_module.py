@@ -34,12 +34,13 @@ class OneModulePerStage(PipelineModule):
         super().__init__(layers=list(layers), topology=topology, loss_fn=None, partition_method="uniform", dynamic_shape=dynamic_shape)
         self._tensor_group = tensor_group
         self._mark_fused: Callable[[], None] | None = None
-        self._sums: GradientSums | None = None
+        self.gradient_sums: GradientSums | None = None
+        """Of the bf16 optimiser."""
 
     def sum_gradients_together(self, optimizer: Any) -> None:
         """Makes DeepSpeed's bf16 optimiser take gradients by many in place of one by one."""
-        self._sums = GradientSums(optimizer)
-        optimizer.accumulate_hp_grads_and_remove_lp = self._sums
+        self.gradient_sums = GradientSums(optimizer)
+        optimizer.accumulate_hp_grads_and_remove_lp = self.gradient_sums
 
     def fuse_weight_gradients(self, optimizer: Any) -> None:
         """Makes Megatron-core's linears add their weight gradients straight to the fp32 accumulators of DeepSpeed's bf16 optimiser.
@@ -71,8 +72,8 @@ class OneModulePerStage(PipelineModule):
         It would all-reduce the listed parameters one by one; the flow has thousands of small ones, so they are summed here
         in one bucket per dtype, and the list is empty.
         """
-        if self._sums is not None:
-            self._sums.flush()
+        if self.gradient_sums is not None:
+            self.gradient_sums.flush()
         if self._mark_fused is not None:
             self._mark_fused()
         if self._tensor_group is not None:

@@ -41,6 +41,11 @@ class GradientSums:
         if self._num_elements >= MAX_WAITING:
             self.flush()
 
+    def forget(self) -> None:
+        """Drops what waits, of a step that failed."""
+        self._waiting.clear()
+        self._num_elements = 0
+
     @torch.no_grad()
     def flush(self) -> None:
         """Adds what waits; to be called before anybody reads the accumulators."""
@@ -52,5 +57,4 @@ class GradientSums:
         wide = [part.view_as(total) for part, total in zip(wide, totals, strict=True)]
         torch._foreach_copy_(wide, gradients)
         torch._foreach_add_(totals, wide)
-        self._waiting.clear()
-        self._num_elements = 0
+        self.forget()

@@ -229,10 +229,11 @@ class EngineStep:
 
     def run(self, batches: Sequence[Batch]) -> float | Tensor:
         """One step; returns the gradient norm before clipping."""
-        return self.engine.train_step(batches, 1e-4).grad_norm
+        # At a learning rate of 0 the update costs the same, and every step is measured on the same weights.
+        return self.engine.train_step(batches, 0.0).grad_norm
 
     def recover(self) -> None:
-        """Drops what DeepSpeed keeps of a step that did not fit, and the fp32 gradient sums of its micro-batches with the next step."""
+        """Drops what DeepSpeed keeps of a step that did not fit, and the gradients of its micro-batches: fp32 sums, and what waits for them."""
         self.stage.feed.clear()
         deepspeed: Any = self.engine._deepspeed
         for buffers in deepspeed.pipe_buffers.values():
@@ -240,7 +241,9 @@ class EngineStep:
         deepspeed.loss = deepspeed.total_loss = None
         for parameter in self.stage.parameters():
             parameter.grad = None
-        with suppress(Exception):
+        if (sums := deepspeed.module.gradient_sums) is not None:
+            sums.forget()
+        with suppress(AttributeError):  # with fp32 weights there are none
             deepspeed.optimizer.clear_hp_grads()
 
 
