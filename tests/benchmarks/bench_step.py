@@ -6,6 +6,7 @@ MFU: model FLOPs of spec 1.13 (exact skips left out, no recomputation counted) o
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.config import Recompute
 from tests.benchmarks.bench_batches import random_batches
 from tests.benchmarks.bench_device import Device, Timing, gibibytes, share
 from tests.benchmarks.bench_runner import main
-from tests.benchmarks.bench_section import Context, Section, describe_error
+from tests.benchmarks.bench_section import Context, Section, breaks_device, describe_error
 from tests.benchmarks.bench_step_loop import REFERENCE, PlainStep, Step, build_step, largest_micro_batch, miniature, published, run_config
 from tests.benchmarks.bench_step_profile import profile_step
 
@@ -28,6 +29,8 @@ NAMES = ("ablation", "step-350m", "step-1p3b")
 MFU_AIM = 0.5
 MOST = 256
 """Examples of the largest micro-batch that is tried."""
+ROUNDS = 3
+"""Steps that are timed at least, after two that are not."""
 SAME_LOSS, SAME_NORM = 0.01, 0.05
 """How far two implementations may be apart in bf16, relatively: loss and gradient norm of one step."""
 STEP_HEAD = ["recomputation", "micro-batch", "median s", "fastest s", "spread", "images/s", "MFU", "MFU (data sheet)", "peak memory"]
@@ -44,7 +47,24 @@ class Measured:
     """In all: weights, optimiser, activations."""
 
 
-RECOMPUTATIONS: tuple[Recompute, ...] = ("full", "flow", "none")
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """What a search for the largest micro-batch found."""
+
+    size: int
+    """Examples; 0: not even one fits."""
+    seconds: float
+    """Of a step at that size."""
+    is_whole: bool
+    """False: a larger one may fit, but the time ran out or none was to be tried."""
+
+    def __str__(self) -> str:
+        found = f"{self.size}" if self.size else "none"
+        return found if self.is_whole else f"{found} in the time there was"
+
+
+RECOMPUTATIONS: tuple[Recompute, ...] = ("none", "flow", "full")
+"""The smallest micro-batches, and so the shortest steps, first."""
 
 
 def step_350m(context: Context, section: Section) -> None:
@@ -61,7 +81,7 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     """Largest micro-batch with all, some and no recomputation, its speed, and a profile of the fastest."""
     device, model = context.device, miniature() if context.small else published(size)
     device.peaks  # noqa: B018 - measured before the memory is full
-    micro_batches = 2 if context.small else 4
+    micro_batches = 2
     config = run_config(context, model, micro_batches=micro_batches)
     step = build_step(config, device, section)
     flops = training_flops(model)
@@ -72,22 +92,21 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     section.text("kernels", f"Kernels: {chosen}.")
     rows: list[list[str]] = []
     best: tuple[float, Recompute, int] = (0.0, "full", 1)
+    step.run(batches_of(context, model, 1, 1) * micro_batches)  # compiles and loads what every step needs: the searches look at the clock
     for recompute in RECOMPUTATIONS:
         step.stage.recompute = recompute
         largest = search(context, step, model, start=2 if context.small else 4, seconds=context.seconds_left * 0.2)
-        if not largest:
-            section.text(f"{recompute} does not fit", f"Recomputation `{recompute}`: not one micro-batch of 1 fits.")
-            continue
-        for micro in dict.fromkeys([largest, max(1, largest // 2)]):
-            measured = measure(context, step, batches_of(context, model, micro, micro_batches))
-            speed = measured.images / measured.timing.median
-            rows.append([recompute, f"{micro}", *step_cells(measured, flops, device)])
-            section.table("steps", STEP_HEAD, rows)
-            best = max(best, (speed, recompute, micro))
-            if context.seconds_left < 10:
-                break
+        section.item("largest", f"Recomputation `{recompute}`: the largest micro-batch that fits, to an eighth, is {largest}.")
+        for micro in dict.fromkeys([largest.size, largest.size // 2]):
+            needed = (ROUNDS + 2) * largest.seconds * micro / max(largest.size, 1)
+            if micro and rows and context.seconds_left < needed:
+                section.item("largest", f"Recomputation `{recompute}`, micro-batch {micro}: not measured, the time ran out.")
+            elif micro:
+                measured = measure(context, step, batches_of(context, model, micro, micro_batches))
+                rows.append([recompute, f"{micro}", *step_cells(measured, flops, device)])
+                section.table("steps", STEP_HEAD, rows)
+                best = max(best, (measured.images / measured.timing.median, recompute, micro))
     speed, step.stage.recompute, micro = best
-    section.text("largest", "The larger micro-batch of each kind is the largest that fits, to an eighth.")
     if size == "1p3b" and not context.small:
         section.bar(f"MFU of {size}, one GPU", aim=MFU_AIM, found=speed * flops / device.peaks.flops, at_least=True, unit="")
     batches = batches_of(context, model, micro, micro_batches)
@@ -117,10 +136,11 @@ def ablation(context: Context, section: Section) -> None:
     config = run_config(context, model, micro_batches=micro_batches, kernels=REFERENCE)
     # At a learning rate of 0 the update costs the same, and every row sees the same weights.
     step = PlainStep(replace(config, optimizer=replace(config.optimizer, learning_rate=0.0)), device)
+    step.run(batches_of(context, model, 1, 1) * micro_batches)  # loads what every step needs: the search looks at the clock
     largest = search(context, step, model, start=2 if context.small else 8, seconds=context.seconds_left * 0.15)
-    if not largest:
+    if not largest.size:
         raise RuntimeError("not one micro-batch of the reference fits")
-    micro = max(1, largest * 3 // 4)  # at the very largest the allocator would slow plain torch down, and nothing else
+    micro = max(1, largest.size // 2)  # at the very largest the allocator would slow plain torch down, and nothing else
     batches = batches_of(context, model, micro, micro_batches)
     section.text(
         "what",
@@ -146,7 +166,7 @@ def ablation(context: Context, section: Section) -> None:
         except Exception as error:
             step.recover()
             section.item("left out", f"{variant.name}: {describe_error(error)}")
-            if before is None or "CUDA error" in str(error):
+            if before is None or breaks_device(error):
                 raise
             built = None
         device.release()
@@ -160,7 +180,7 @@ def ablation(context: Context, section: Section) -> None:
         if variant.adds_up:
             kernels, before, full = config.kernels, speed, built  # a part that failed is in no later row
     if full is not None and context.seconds_left > 10:
-        most = search(context, full, model, start=largest, seconds=context.seconds_left * 0.5)
+        most = search(context, full, model, start=largest.size, seconds=context.seconds_left * 0.5)
         section.text("largest", f"Largest micro-batch with recomputation: {largest} in plain torch, {most} with all kernels (to an eighth).")
     section.text(
         "skips",
@@ -194,12 +214,20 @@ def batches_of(context: Context, model: JetFormerConfig, micro: int, count: int)
     return random_batches(run_config(context, model, micro_batches=count), micro, count, context.device.device)
 
 
-def search(context: Context, step: Step, model: JetFormerConfig, *, start: int, seconds: float) -> int:
-    """The largest micro-batch that fits."""
+def search(context: Context, step: Step, model: JetFormerConfig, *, start: int, seconds: float) -> Largest:
+    """The largest micro-batch that fits, as far as the time goes."""
     device = context.device
     until = context.seconds_left - seconds
+    took: dict[int, float] = {0: 0.0}
+    is_whole = True
+
+    def may_go_on() -> bool:
+        nonlocal is_whole
+        is_whole = context.seconds_left > until
+        return is_whole
 
     def fits(size: int) -> bool:
+        began = time.monotonic()
         try:
             batches = batches_of(context, model, size, 1)
             count = getattr(getattr(step, "engine", None), "num_micro_batches", 2)
@@ -211,13 +239,15 @@ def search(context: Context, step: Step, model: JetFormerConfig, *, start: int, 
             problem = True
         else:
             problem = False
+            took[size] = time.monotonic() - began
         if problem:  # outside the except block, whose exception holds the tensors of the failed step
             step.recover()
             device.release()
         return not problem
 
     most = 4 if context.small else MOST
-    return largest_micro_batch(fits, start=start, most=most, may_go_on=lambda: context.seconds_left > until)
+    size = largest_micro_batch(fits, start=start, most=most, may_go_on=may_go_on)
+    return Largest(size, took[size], is_whole and size < most)
 
 
 def measure(context: Context, step: Step, batches: Sequence[Batch]) -> Measured:
@@ -225,7 +255,8 @@ def measure(context: Context, step: Step, batches: Sequence[Batch]) -> Measured:
     device = context.device
     action: Callable[[], object] = lambda: step.run(batches)  # noqa: E731
     peak = device.held_bytes() + device.peak_bytes(action)
-    return Measured(device.time(action, seconds=context.repeat_seconds(3.0), warm_up=1), sum(len(batch) for batch in batches), peak)
+    timing = device.compare({"": action}, seconds=context.repeat_seconds(3.0), warm_up=1, at_least=ROUNDS)[""]
+    return Measured(timing, sum(len(batch) for batch in batches), peak)
 
 
 def step_cells(measured: Measured, flops: float, device: Device) -> list[str]:
