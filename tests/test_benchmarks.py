@@ -2,25 +2,30 @@
 
 import argparse
 import math
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from configs.loader import load_config
+from model import init
+from model.batch import Batch
 from pipeline.config import RunConfig
-from tests.benchmarks import bench_runner
+from tests.benchmarks import bench_kernels, bench_runner
 from tests.benchmarks.bench_checks import compare_with_reference, relative_error
 from tests.benchmarks.bench_device import Device, Timing, gibibytes
 from tests.benchmarks.bench_heads import HeadProblem, gmm_problem, text_problem
 from tests.benchmarks.bench_kernels_elementwise import CASES
 from tests.benchmarks.bench_plot import log_log_plot
+from tests.benchmarks.bench_sampling import share_alike
 from tests.benchmarks.bench_section import Context, Section, describe_error, scrub
-from tests.benchmarks.bench_step import batches_of, variants
-from tests.benchmarks.bench_step_loop import OBJECTIVE, REFERENCE, PlainStep, largest_micro_batch, miniature, published, run_config
+from tests.benchmarks.bench_step import batches_of, search, variants
+from tests.benchmarks.bench_step_loop import OBJECTIVE, REFERENCE, EngineStep, PlainStep, largest_micro_batch, miniature, published, run_config
 from tests.benchmarks.bench_step_profile import Span, idle_share, kind_of, next_bottleneck, shorten, sum_by
 
 CONTEXT = Context(device=Device(), small=True)
@@ -233,6 +238,31 @@ def test_plain_loop_goes_on_after_a_step_that_did_not_fit() -> None:
         assert step.gradient_norm(batches) == expected
 
 
+def test_engine_goes_on_after_a_step_that_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "initialise", init.initialise)  # put back what the step replaces
+    device = Device()
+    device.dtype = torch.bfloat16
+    context = replace(CONTEXT, device=device)
+    config = run_config(context, miniature(), micro_batches=2)
+    step = EngineStep(config)
+    batches = batches_of(context, config.model, 4, 2)
+    expected = float(step.run(batches))
+    parameters, calls = list(step.stage.parameters()), []
+
+    def fail(*_: object) -> None:
+        calls.append(0)
+        if len(calls) % 2 == 0:  # in the second micro-batch
+            raise RuntimeError("CUDA out of memory. (not really)")
+
+    for register in (step.stage._layers[-1].register_forward_hook, parameters[0].register_hook, parameters[-1].register_hook):
+        hook = register(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step.run(batches)
+        hook.remove()
+        step.recover()
+        assert float(step.run(batches)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_plain_loop_updates_as_adamw_on_clipped_gradients() -> None:
     config = run_config(CONTEXT, miniature(), micro_batches=2, kernels=REFERENCE)
     step = PlainStep(config, CONTEXT.device)
@@ -250,6 +280,36 @@ def test_plain_loop_updates_as_adamw_on_clipped_gradients() -> None:
     for copy, parameter in zip(copies, step.weights.parameters, strict=True):
         assert torch.allclose(copy, parameter, rtol=1e-5, atol=1e-7)
     assert all(not total.any() for total in step.weights.sums)
+
+
+def test_search_says_whether_a_larger_micro_batch_may_fit() -> None:
+    class Step:
+        def run(self, batches: list[Batch]) -> None:
+            if len(batches[0]) > 2:
+                raise RuntimeError("CUDA out of memory. (not really)")
+
+        def recover(self) -> None:
+            pass
+
+    context = replace(CONTEXT, deadline=time.monotonic() + 3600)
+    step: Any = Step()
+    largest = search(context, step, miniature(), start=2, seconds=600.0)
+    assert (largest.size, largest.is_whole, str(largest)) == (2, True, "2")
+    assert largest.seconds > 0
+    hurried = search(context, step, miniature(), start=2, seconds=0.0)
+    assert (hurried.size, hurried.is_whole, str(hurried)) == (0, False, "none in the time there was")
+
+
+def test_ways_of_other_kernels_need_only_begin_with_the_same_token() -> None:
+    model: Any = object()
+    soft = torch.randn(4, 20, 6, generator=torch.Generator().manual_seed(0))
+    other = soft.clone()
+    other[:, 1:] += 1.0
+    assert share_alike(model, soft, []) == 1.0
+    assert share_alike(model, other, [(object(), soft)]) == 1.0  # type: ignore[list-item]
+    assert share_alike(model, other, [(object(), other), (model, soft)]) == 0.0  # type: ignore[list-item]
+    other[:2, 0] += 1.0
+    assert share_alike(model, other, [(object(), soft)]) == 0.5  # type: ignore[list-item]
 
 
 def test_ablation_adds_one_part_per_row() -> None:
@@ -290,6 +350,47 @@ def test_runner_keeps_what_was_measured_and_leaves_with_one(
     assert "**Failed**: its process ended with status 1" in text
     assert str(tmp_path) not in text
     assert "failed: unknown" in capsys.readouterr().err
+
+
+def test_after_an_error_of_the_device_the_next_section_has_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Child:
+        returncode = bench_runner.GAVE_UP
+
+        def poll(self) -> int:
+            return self.returncode
+
+        def wait(self, timeout: float) -> None:
+            pass
+
+    def start(command: list[str], **_: object) -> Child:
+        names = command[command.index("--sections") + 1].split(",")
+        started.append(names)
+        folder = Path(command[command.index("--child") + 1])
+        (folder / "machine").write_text("a GPU", encoding="utf-8")
+        error = "RuntimeError: Triton Error [CUDA]: an illegal memory access" if names[0] == "gmm" else None
+        for name in names[:1] if error else names:
+            Section(name, folder / f"{name}.json", error=error, is_done=True).save()
+        return Child()
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(bench_runner.subprocess, "Popen", start)
+    given = argparse.Namespace(small=True, budget=0.1, seconds=60.0)
+    runner = bench_runner.Runner(["gmm", "cross-entropy", "elementwise"], given, tmp_path / "report.md", "")
+    assert runner.run() == 1
+    assert started == [["gmm", "cross-entropy", "elementwise"], ["cross-entropy", "elementwise"]]
+    assert [name for name, section in runner.sections.items() if section.error] == ["gmm"]
+
+
+@pytest.mark.parametrize(
+    ("message", "status"), [("CUDA error: an illegal memory access was encountered", bench_runner.GAVE_UP), ("CUDA out of memory.", 0)]
+)
+def test_a_child_gives_up_after_an_error_of_the_device_alone(message: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(context: Context, section: Section) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(bench_kernels, "peaks", fail)
+    given = argparse.Namespace(child=tmp_path, sections="peaks", small=True, budget=0.1, seconds=60.0)
+    assert bench_runner.run_child(given) == status
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
