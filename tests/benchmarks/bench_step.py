@@ -59,8 +59,9 @@ class Largest:
     """False: a larger one may fit, but the time ran out or none was to be tried."""
 
     def __str__(self) -> str:
-        found = f"{self.size}" if self.size else "none"
-        return found if self.is_whole else f"{found} in the time there was"
+        if self.is_whole:
+            return f"{self.size}"
+        return f"at least {self.size}" if self.size else "not known, as the time ran out"
 
 
 RECOMPUTATIONS: tuple[Recompute, ...] = ("none", "flow", "full")
@@ -92,7 +93,7 @@ def whole_step(context: Context, section: Section, size: str) -> None:
     section.text("kernels", f"Kernels: {chosen}.")
     rows: list[list[str]] = []
     best: tuple[float, Recompute, int] = (0.0, "full", 1)
-    step.run(batches_of(context, model, 1, 1) * micro_batches)  # compiles and loads what every step needs: the searches look at the clock
+    warm_up(context, step, model, micro_batches)
     for recompute in RECOMPUTATIONS:
         step.stage.recompute = recompute
         largest = search(context, step, model, start=2 if context.small else 4, seconds=context.seconds_left * 0.2)
@@ -126,6 +127,8 @@ class Variant:
     """Computes what plain torch computes."""
     adds_up: bool = True
     """Stands in all rows after it."""
+    padded: bool = False
+    """On captions of all lengths, as in training on real ones."""
 
 
 def ablation(context: Context, section: Section) -> None:
@@ -136,7 +139,7 @@ def ablation(context: Context, section: Section) -> None:
     config = run_config(context, model, micro_batches=micro_batches, kernels=REFERENCE)
     # At a learning rate of 0 the update costs the same, and every row sees the same weights.
     step = PlainStep(replace(config, optimizer=replace(config.optimizer, learning_rate=0.0)), device)
-    step.run(batches_of(context, model, 1, 1) * micro_batches)  # loads what every step needs: the search looks at the clock
+    warm_up(context, step, model, micro_batches)
     largest = search(context, step, model, start=2 if context.small else 8, seconds=context.seconds_left * 0.15)
     if not largest.size:
         raise RuntimeError("not one micro-batch of the reference fits")
@@ -158,11 +161,12 @@ def ablation(context: Context, section: Section) -> None:
         try:
             config = replace(step.config, kernels=replace(kernels, **variant.changes), model=variant.model)
             built = step if before is None else PlainStep(config, device, like=step)
-            found = built.gradient_norm(batches)
+            inputs = batches_of(context, model, micro, micro_batches, padded=True) if variant.padded else batches
+            found = built.gradient_norm(inputs)
             apart = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
             if variant.same_loss and not (apart[0] <= SAME_LOSS and apart[1] <= SAME_NORM):
                 raise AssertionError(f"loss and gradient norm {found}, plain torch's {expected}: not timed")
-            measured = measure(context, built, batches)
+            measured = measure(context, built, inputs)
         except Exception as error:
             step.recover()
             section.item("left out", f"{variant.name}: {describe_error(error)}")
@@ -206,12 +210,19 @@ def variants(context: Context, model: JetFormerConfig) -> list[Variant]:
     both_heads = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False, loss_on_prefix=True))
     apart = {"same_loss": False, "adds_up": False}
     skips = [Variant("without the skip of the flow", {}, whole_flow, **apart), Variant("without any skip", {}, both_heads, **apart)]
-    return [*found, *skips, Variant("with compile: layers", {"compile": "layers"}, model, adds_up=False)]
+    padded = Variant("with captions of all lengths, so a mask in attention", {}, model, **apart, padded=True)
+    return [*found, padded, *skips, Variant("with compile: layers", {"compile": "layers"}, model, adds_up=False)]
 
 
-def batches_of(context: Context, model: JetFormerConfig, micro: int, count: int) -> list[Batch]:
-    """Micro-batches of noise and random captions on the device."""
-    return random_batches(run_config(context, model, micro_batches=count), micro, count, context.device.device)
+def batches_of(context: Context, model: JetFormerConfig, micro: int, count: int, *, padded: bool = False) -> list[Batch]:
+    """Micro-batches of noise and random captions on the device; captions that fill all slots, or else of all lengths."""
+    return random_batches(run_config(context, model, micro_batches=count), micro, count, context.device.device, padded=padded)
+
+
+def warm_up(context: Context, step: Step, model: JetFormerConfig, micro_batches: int) -> None:
+    """Loads and compiles what every step needs, before a search looks at the clock: Triton makes code of its own for multiples of 16 rows."""
+    for size in (2, 16):
+        step.run(batches_of(context, model, size, 1) * micro_batches)
 
 
 def search(context: Context, step: Step, model: JetFormerConfig, *, start: int, seconds: float) -> Largest:
