@@ -11,7 +11,7 @@ from tests.benchmarks.bench_device import Device
 from tests.benchmarks.bench_section import Section
 
 KINDS = (
-    ("attention", r"flash|fmha|attention|attn"),
+    ("attention", r"flash|fmha|attention|attn|sdpa|cudnn"),
     ("matrix products", r"gemm|cutlass|xmma|nvjet|cublas|splitk|aten::(add)?mm\b|aten::bmm|aten::linear|mkldnn"),
     ("compiled by torch", r"^triton_"),
     ("optimiser", r"adam|multi_tensor"),
