@@ -94,7 +94,10 @@ def _supplier(optimizer: torch.optim.Optimizer) -> str:
 
 
 class WeightAverage:
-    """Exponential moving average of the fp32 masters that this rank owns: ema <- decay * ema + (1 - decay) * weight."""
+    """Exponential moving average of the fp32 masters that this rank owns: ema <- decay * ema + (1 - decay) * weight.
+
+    Each by itself: they are few and large, and the multi-tensor kernels of torch before 2.9 count elements in 32 bits.
+    """
 
     def __init__(self, masters: list[Tensor], decay: float) -> None:
         self.decay = decay
@@ -104,9 +107,11 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """After each optimiser step."""
-        torch._foreach_lerp_(self.values, [master.detach() for master in self._masters], 1.0 - self.decay)
+        for value, master in zip(self.values, self._masters, strict=True):
+            value.lerp_(master.detach(), 1.0 - self.decay)
 
     @torch.no_grad()
     def restart(self) -> None:
         """Starts again from the present weights."""
-        torch._foreach_copy_(self.values, [master.detach() for master in self._masters])
+        for value, master in zip(self.values, self._masters, strict=True):
+            value.copy_(master.detach())
