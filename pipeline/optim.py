@@ -7,6 +7,8 @@
 | deepspeed | deepspeed.ops.adam.FusedAdam, CUDA | an integer in each parameter's state |
 
 All three keep fp32 `exp_avg` and `exp_avg_sq` per parameter, so that a run saved under one continues under another.
+`auto` takes torch's for a group of 2^31 elements or more, as ZeRO may make one tensor of it: apex counted them in 32 bits until August 2024
+(NVIDIA/apex #1825), DeepSpeed until late 2025, leaving weights as they were (deepspeedai/DeepSpeed #7640).
 """
 
 import importlib
@@ -20,6 +22,8 @@ from model.kernels.dispatch import choose
 from pipeline.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTED_IN_32_BITS = 2**31
+"""Elements of a tensor that some fused kernels cannot update."""
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device, implementation: str = "auto") -> torch.optim.Optimizer:
@@ -44,6 +48,9 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
     ]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    largest = max((sum(parameter.numel() for parameter in group["params"]) for group in groups), default=0)
+    if implementation == "auto" and largest >= COUNTED_IN_32_BITS:
+        implementation = "torch"
     chosen = choose("optimizer", implementation, device, torch.float32)
     if chosen == "torch":
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **options)

@@ -223,6 +223,17 @@ def test_run_saved_under_one_resumes_under_another(
             torch.testing.assert_close(fragment.tensor, expected[fragment.name], rtol=1e-4, atol=1e-5, msg=fragment.name)
 
 
+@pytest.mark.parametrize(("requested", "limit", "expected"), [("auto", 7, "apex"), ("auto", 6, "torch"), ("apex", 6, "apex")])
+def test_large_groups_go_to_a_kernel_that_counts_in_64_bits(
+    any_supplier: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, requested: str, limit: int, expected: str
+) -> None:
+    any_supplier("apex")
+    monkeypatch.setattr(optim, "choose", lambda operation, implementation, *where: "apex" if implementation == "auto" else implementation)
+    monkeypatch.setattr(optim, "COUNTED_IN_32_BITS", limit)  # the larger group of the module has 6
+    optimizer = build_optimizer(small_module(), OptimizerConfig(), torch.device("cpu"), requested)
+    assert type(optimizer).__module__.startswith(expected)
+
+
 def test_forced_optimizer_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="kernels.optimizer=apex cannot run here"):
         build_optimizer(small_module(), OptimizerConfig(), torch.device("cpu"), "apex")
