@@ -88,19 +88,19 @@ class Coupling(nn.Module):
             (latents, log-determinant [B] in nats, raw scale [B, I, C/2]).
         """
         first, second = self._halves(latents)
-        shift, raw_scale = self.dnn(first)
+        params = self.dnn(first)
         order = self._order_for(following)
         joined = following is None and not self.spatial
-        out, logdet = affine_coupling(first, second, shift, raw_scale, order.index, order.inverse, joined=joined, impl=self.kernels.affine_coupling)
-        return (self._merge_tokens(out) if self.spatial else out), logdet, raw_scale
+        out, logdet = affine_coupling(first, second, params, order.index, order.inverse, joined=joined, impl=self.kernels.affine_coupling)
+        return (self._merge_tokens(out) if self.spatial else out), logdet, params[..., first.shape[-1] :]
 
     def retreat(self, latents: tuple[Tensor, ...], previous: "Coupling | None" = None) -> tuple[Tensor, ...]:
         """The inverse, likewise: y or its halves -> (x [B, I, C],), or the halves of the output of `previous`."""
         first, second = self._halves(latents)
-        shift, raw_scale = self.dnn(first)
+        params = self.dnn(first)
         order = self._order_for(previous)
         joined = previous is None and not self.spatial
-        out = affine_coupling_inverse(first, second, shift, raw_scale, order.index, joined=joined, impl=self.kernels.affine_coupling)
+        out = affine_coupling_inverse(first, second, params, order.index, joined=joined, impl=self.kernels.affine_coupling)
         return self._merge_tokens(out) if self.spatial else out
 
     def forward(self, state: State, batch: Batch) -> State:

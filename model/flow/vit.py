@@ -71,7 +71,7 @@ class VitBlock(nn.Module):
 
 
 class CouplingNetwork(nn.Module):
-    """Conditioning half -> bias and raw scale for the other half."""
+    """Conditioning half -> shifts and raw scales for the other half."""
 
     def __init__(self, config: FlowConfig, *, in_dim: int, num_tokens: int, kernels: KernelsConfig | None = None) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ class CouplingNetwork(nn.Module):
         self.norm = LayerNorm(config.width, impl=kernels.layer_norm)
         self.final_proj = Dense(config.width, 2 * in_dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 [B, I, in_dim] -> (bias, raw scale), fp32 [B, I, in_dim] each."""
+    def forward(self, x: Tensor) -> Tensor:
+        """fp32 [B, I, in_dim] -> [shifts | raw scales], fp32 [B, I, 2 in_dim]."""
         if not self.compiles:
             return network_forward(self, x)
         x = x.contiguous()  # as code is made per order of the strides, and halves of channels and of tokens differ in it
@@ -92,8 +92,8 @@ class CouplingNetwork(nn.Module):
         return run_compiled(network_forward, x.device)(self, x)
 
 
-def network_forward(network: CouplingNetwork, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Bias and raw scale; a function of the module, so that all couplings share compiled code."""
+def network_forward(network: CouplingNetwork, x: Tensor) -> Tensor:
+    """Shifts and raw scales; a function of the module, so that all couplings share compiled code."""
     hidden, branch = widen(network.posemb), network.init_proj(x)
     for block in network.blocks:
         hidden, branch = block(hidden, branch)
@@ -101,5 +101,4 @@ def network_forward(network: CouplingNetwork, x: Tensor) -> tuple[Tensor, Tensor
     assert network.final_proj.bias is not None
     weight, bias = widen(network.final_proj.weight), widen(network.final_proj.bias)
     _, normed = network.norm(hidden, branch, weight.dtype)
-    shift, raw_scale = functional.linear(normed, weight, bias).chunk(2, dim=-1)
-    return shift, raw_scale
+    return functional.linear(normed, weight, bias)

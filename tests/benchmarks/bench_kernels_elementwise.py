@@ -212,11 +212,7 @@ def mixture_sample(context: Context) -> Iterator[Case]:
 
 
 def affine_coupling(context: Context) -> Iterator[Case]:
-    """As between two couplings (two halves out), and as the last one (one tensor out).
-
-    Shift and raw scale are leaves of their own: autograd would join the gradients of two halves of one tensor, which is a copy and no part of
-    what is measured.
-    """
+    """As between two couplings (two halves out), and as the last one (one tensor out)."""
     from model.kernels.affine_coupling.interface import affine_coupling as couple
 
     device = context.device.device
@@ -224,7 +220,8 @@ def affine_coupling(context: Context) -> Iterator[Case]:
     draw, half = _drawer(context.device), channels // 2
     order = torch.randperm(channels, generator=torch.Generator().manual_seed(3)).to(device=device, dtype=torch.int32)
     inverse_order = torch.argsort(order).to(torch.int32)
-    leaves = {name: draw(batch, tokens, half, dtype=torch.float32) for name in ("first", "second", "shift", "raw_scale")}
+    leaves = {name: draw(batch, tokens, half, dtype=torch.float32) for name in ("first", "second")}
+    leaves["params"] = draw(batch, tokens, channels, dtype=torch.float32)
     size = _bytes(leaves["first"])
     for joined in (False, True):
 

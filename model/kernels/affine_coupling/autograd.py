@@ -13,44 +13,42 @@ from model.kernels.affine_coupling import triton_kernels
 
 
 def affine_coupling(
-    first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, inverse_order: Tensor, *, joined: bool
+    first: Tensor, second: Tensor, params: Tensor, order: Tensor, inverse_order: Tensor, *, joined: bool
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """As `interface.affine_coupling`, fp32."""
-    *out, logdet = _AffineCoupling.apply(first, second, shift, raw_scale, order, inverse_order, joined)
+    *out, logdet = _AffineCoupling.apply(first, second, params, order, inverse_order, joined)
     return tuple(out), logdet
 
 
-def affine_coupling_inverse(first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
+def affine_coupling_inverse(first: Tensor, second: Tensor, params: Tensor, order: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
     """As `interface.affine_coupling_inverse`, fp32, without gradients."""
     out, out_first, out_second = _outputs(first, joined)
-    triton_kernels.launch_fwd(_rows(first), _rows(second), _rows(shift), _rows(raw_scale), _index(order), out_first, out_second, None)
+    triton_kernels.launch_fwd(_rows(first), _rows(second), _rows(params), _index(order), out_first, out_second, None)
     return out
 
 
 class _AffineCoupling(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, inverse_order: Tensor, joined: bool
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, first: Tensor, second: Tensor, params: Tensor, order: Tensor, inverse_order: Tensor, joined: bool) -> tuple[Tensor, ...]:
         out, out_first, out_second = _outputs(first, joined)
         logdet = torch.empty(first.numel() // first.shape[-1], dtype=first.dtype, device=first.device)  # of each row
-        triton_kernels.launch_fwd(_rows(first), _rows(second), _rows(shift), _rows(raw_scale), _index(order), out_first, out_second, logdet)
+        triton_kernels.launch_fwd(_rows(first), _rows(second), _rows(params), _index(order), out_first, out_second, logdet)
         # x2 and the parameters, 3h floats of a row. The outputs in their place would be 2h and the whole parameters, of which a is a part.
-        ctx.save_for_backward(second, shift, raw_scale, inverse_order)
+        ctx.save_for_backward(second, params, inverse_order)
         ctx.joined = joined
         return *out, logdet.view(len(first), -1).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        second, shift, raw_scale, inverse_order = ctx.saved_tensors
+        second, params, inverse_order = ctx.saved_tensors
         *d_out, d_logdet = gradients
         d_first, d_second = _rows(d_out[0]).chunk(2, dim=-1) if ctx.joined else map(_rows, d_out)
-        inputs = _rows(second), _rows(shift), _rows(raw_scale)
-        d_first, d_params = triton_kernels.launch_bwd(d_first, d_second, d_logdet.contiguous(), *inputs, _index(inverse_order))
-        d_shift, d_raw_scale = d_params.view(*second.shape[:-1], -1).chunk(2, dim=-1)
+        inputs = _rows(second), _rows(params), _index(inverse_order)
+        d_first, d_params = triton_kernels.launch_bwd(d_first, d_second, d_logdet.contiguous(), *inputs)
+        d_params = d_params.view(params.shape)
         # d(x2 + b)/dx2 = d(x2 + b)/db: the same numbers in the same memory.
-        return d_first.view(second.shape), d_shift.view(second.shape), d_shift, d_raw_scale, None, None, None
+        return d_first.view(second.shape), d_params[..., : second.shape[-1]], d_params, None, None, None
 
 
 def _outputs(like: Tensor, joined: bool) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:

@@ -17,8 +17,7 @@ MAX_CHANNELS = 8192
 def affine_coupling(
     first: Tensor,
     second: Tensor,
-    shift: Tensor,
-    raw_scale: Tensor,
+    params: Tensor,
     order: Tensor,
     inverse_order: Tensor,
     *,
@@ -29,7 +28,7 @@ def affine_coupling(
 
     Args:
         first, second: x1 and x2, [B, ..., h]; rows may be strided.
-        shift, raw_scale: b and a, [B, ..., h], in any memory; fastest as the halves of one tensor.
+        params: [b | a], shifts and raw scales, [B, ..., C]. One tensor, as autograd would join the gradients of two.
         order: int32 or int64 [C]: the place in [x1 | y2] of each output channel.
         inverse_order: its inverse, [C], for the backward pass.
         joined: return [B, ..., C] rather than two halves.
@@ -37,22 +36,20 @@ def affine_coupling(
 
     Returns:
         ((y,) or (first, second), log-determinant [B] in nats, summed over all dimensions of an image). The gradients of `second` and
-        `shift` are one tensor: do not change one in place.
+        of the shifts share memory: do not change one in place.
 
     Raises:
         ValueError: the shapes do not fit together.
         UserError: the requested implementation cannot run here.
     """
-    if _runs_in_triton(first, second, shift, raw_scale, order, impl):
+    if _runs_in_triton(first, second, params, order, impl):
         from model.kernels.affine_coupling import autograd
 
-        return autograd.affine_coupling(first, second, shift, raw_scale, order, inverse_order, joined=joined)
-    return reference.affine_coupling(first, second, shift, raw_scale, order, joined=joined)
+        return autograd.affine_coupling(first, second, params, order, inverse_order, joined=joined)
+    return reference.affine_coupling(first, second, params, order, joined=joined)
 
 
-def affine_coupling_inverse(
-    first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, *, joined: bool, impl: str = "auto"
-) -> tuple[Tensor, ...]:
+def affine_coupling_inverse(first: Tensor, second: Tensor, params: Tensor, order: Tensor, *, joined: bool, impl: str = "auto") -> tuple[Tensor, ...]:
     """x2 = y2 / (2 sigmoid(a)) - b, and [x1 | x2][order]: (x,) or (first, second). Arguments as of `affine_coupling`, second = y2.
 
     The kernel has no backward pass: where a gradient is wanted, `auto` takes the reference.
@@ -61,20 +58,20 @@ def affine_coupling_inverse(
         ValueError: the shapes do not fit together.
         UserError: the requested implementation cannot run here.
     """
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (first, second, shift, raw_scale))
-    if _runs_in_triton(first, second, shift, raw_scale, order, impl) and not wants_gradient:
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (first, second, params))
+    if _runs_in_triton(first, second, params, order, impl) and not wants_gradient:
         from model.kernels.affine_coupling import autograd
 
-        return autograd.affine_coupling_inverse(first, second, shift, raw_scale, order, joined=joined)
-    return reference.affine_coupling_inverse(first, second, shift, raw_scale, order, joined=joined)
+        return autograd.affine_coupling_inverse(first, second, params, order, joined=joined)
+    return reference.affine_coupling_inverse(first, second, params, order, joined=joined)
 
 
-def _runs_in_triton(first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, impl: str) -> bool:
-    shapes = {tuple(x.shape) for x in (first, second, shift, raw_scale)}
-    if len(shapes) > 1 or first.dim() < 2 or tuple(order.shape) != (2 * first.shape[-1],):
-        raise ValueError(f"affine_coupling takes four tensors [B, ..., h] and an order [2h], not {sorted(shapes)} and {tuple(order.shape)}")
+def _runs_in_triton(first: Tensor, second: Tensor, params: Tensor, order: Tensor, impl: str) -> bool:
+    shapes, half = [tuple(x.shape) for x in (first, second, params, order)], first.shape[-1]
+    if first.dim() < 2 or shapes != [shapes[0], shapes[0], (*shapes[0][:-1], 2 * half), (2 * half,)]:
+        raise ValueError(f"affine_coupling takes two halves [B, ..., h], params [B, ..., 2h] and an order [2h], not {shapes}")
     # One of another dtype is enough to be refused: the kernel reads what it is given.
-    dtype = next((x.dtype for x in (first, second, shift, raw_scale) if x.dtype != torch.float32), torch.float32)
+    dtype = next((x.dtype for x in (first, second, params) if x.dtype != torch.float32), torch.float32)
     if impl == "auto" and (len(order) > MAX_CHANNELS or first.numel() == 0):
         return False
     is_triton = choose("affine_coupling", impl, first.device, dtype) == "triton"

@@ -7,17 +7,17 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def affine_coupling(
-    first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, *, joined: bool
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def affine_coupling(first: Tensor, second: Tensor, params: Tensor, order: Tensor, *, joined: bool) -> tuple[tuple[Tensor, ...], Tensor]:
     """As `interface.affine_coupling`."""
+    shift, raw_scale = params.chunk(2, dim=-1)
     log_scale = functional.logsigmoid(raw_scale) + math.log(2)
     moved = (second + shift) * torch.exp(log_scale)
     return _permuted(first, moved, order, joined), log_scale.flatten(1).sum(1)
 
 
-def affine_coupling_inverse(first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
+def affine_coupling_inverse(first: Tensor, second: Tensor, params: Tensor, order: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
     """As `interface.affine_coupling_inverse`."""
+    shift, raw_scale = params.chunk(2, dim=-1)
     log_scale = functional.logsigmoid(raw_scale) + math.log(2)
     return _permuted(first, second * torch.exp(-log_scale) - shift, order, joined)
 

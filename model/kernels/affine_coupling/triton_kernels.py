@@ -39,8 +39,7 @@ def log_of_scale(raw_scale, decay):
 def affine_coupling_fwd_kernel(
     FIRST,
     SECOND,
-    SHIFT,
-    RAW_SCALE,
+    PARAMS,
     ORDER,
     OUT_FIRST,
     OUT_SECOND,
@@ -49,8 +48,7 @@ def affine_coupling_fwd_kernel(
     half,
     first_stride,
     second_stride,
-    shift_stride,
-    raw_scale_stride,
+    params_stride,
     out_stride,
     INVERSE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -65,8 +63,8 @@ def affine_coupling_fwd_kernel(
     in_second = row_exists[:, None] & ((channels >= half) & (channels < 2 * half))[None, :]
     first = tl.load(FIRST + row * first_stride + channel, mask=in_first, other=0.0)
     second = tl.load(SECOND + row * second_stride + (channel - half), mask=in_second, other=0.0)
-    shift = tl.load(SHIFT + row * shift_stride + (channel - half), mask=in_second, other=0.0)
-    raw_scale = tl.load(RAW_SCALE + row * raw_scale_stride + (channel - half), mask=in_second, other=0.0)
+    shift = tl.load(PARAMS + row * params_stride + (channel - half), mask=in_second, other=0.0)
+    raw_scale = tl.load(PARAMS + row * params_stride + channel, mask=in_second, other=0.0)
     if INVERSE:
         # 1 / (2 sigmoid(a)); overflows to infinity where the scale is zero, as division by it does.
         moved = second * (0.5 + 0.5 * tl.exp(-raw_scale)) - shift
@@ -87,8 +85,7 @@ def affine_coupling_bwd_kernel(
     D_OUT_SECOND,
     D_LOGDET,
     SECOND,
-    SHIFT,
-    RAW_SCALE,
+    PARAMS,
     INVERSE_ORDER,
     D_FIRST,
     D_PARAMS,
@@ -98,8 +95,7 @@ def affine_coupling_bwd_kernel(
     d_out_first_stride,
     d_out_second_stride,
     second_stride,
-    shift_stride,
-    raw_scale_stride,
+    params_stride,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -113,8 +109,8 @@ def affine_coupling_bwd_kernel(
     d_first = tl.load(D_OUT_FIRST + row * d_out_first_stride + channel, mask=in_first, other=0.0)
     d_second = tl.load(D_OUT_SECOND + row * d_out_second_stride + (channel - half), mask=in_second, other=0.0)
     second = tl.load(SECOND + row * second_stride + (channel - half), mask=in_second, other=0.0)
-    shift = tl.load(SHIFT + row * shift_stride + (channel - half), mask=in_second, other=0.0)
-    raw_scale = tl.load(RAW_SCALE + row * raw_scale_stride + (channel - half), mask=in_second, other=0.0)
+    shift = tl.load(PARAMS + row * params_stride + (channel - half), mask=in_second, other=0.0)
+    raw_scale = tl.load(PARAMS + row * params_stride + channel, mask=in_second, other=0.0)
     d_logdet = tl.load(D_LOGDET + rows // rows_per_image, mask=row_exists, other=0.0)
     d_cat = permute_columns(tl.where(in_first, d_first, d_second), INVERSE_ORDER, 2 * half, BLOCK_R, BLOCK_C)
     decay = tl.exp(-tl.abs(raw_scale))
@@ -134,12 +130,10 @@ def block_sizes(num_channels: int) -> tuple[int, int, int]:
     return block_r, block_c, min(block_r * block_c // 256, 16)
 
 
-def launch_fwd(
-    first: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, order: Tensor, out_first: Tensor, out_second: Tensor, logdet: Tensor | None
-) -> None:
+def launch_fwd(first: Tensor, second: Tensor, params: Tensor, order: Tensor, out_first: Tensor, out_second: Tensor, logdet: Tensor | None) -> None:
     """Fills out_first and out_second [R, h], of one row stride, and the rows' log-determinants [R]; the inverse map without `logdet`.
 
-    All fp32, of last stride 1; order: int32 [C], contiguous.
+    All fp32, of last stride 1; params [R, C]; order: int32 [C], contiguous.
     """
     num_rows, half = first.shape
     if not first.numel():
@@ -149,8 +143,7 @@ def launch_fwd(
         affine_coupling_fwd_kernel[(triton.cdiv(num_rows, block_r),)](
             first,
             second,
-            shift,
-            raw_scale,
+            params,
             order,
             out_first,
             out_second,
@@ -159,8 +152,7 @@ def launch_fwd(
             half,
             first.stride(0),
             second.stride(0),
-            shift.stride(0),
-            raw_scale.stride(0),
+            params.stride(0),
             out_first.stride(0),
             INVERSE=logdet is None,
             BLOCK_R=block_r,
@@ -169,10 +161,8 @@ def launch_fwd(
         )
 
 
-def launch_bwd(
-    d_first: Tensor, d_second: Tensor, d_logdet: Tensor, second: Tensor, shift: Tensor, raw_scale: Tensor, inverse_order: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the outputs [R, h], [R, h], of the images' log-determinants [B] -> gradients of first [R, h], of [shift | raw_scale] [R, 2h]."""
+def launch_bwd(d_first: Tensor, d_second: Tensor, d_logdet: Tensor, second: Tensor, params: Tensor, inverse_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the outputs [R, h], [R, h], of the images' log-determinants [B] -> gradients of first [R, h], of params [R, C]."""
     num_rows, half = second.shape
     d_input = torch.empty((num_rows, half), dtype=second.dtype, device=second.device)
     d_params = torch.empty((num_rows, 2 * half), dtype=second.dtype, device=second.device)
@@ -185,8 +175,7 @@ def launch_bwd(
             d_second,
             d_logdet,
             second,
-            shift,
-            raw_scale,
+            params,
             inverse_order,
             d_input,
             d_params,
@@ -196,8 +185,7 @@ def launch_bwd(
             d_first.stride(0),
             d_second.stride(0),
             second.stride(0),
-            shift.stride(0),
-            raw_scale.stride(0),
+            params.stride(0),
             BLOCK_R=block_r,
             BLOCK_C=block_c,
             num_warps=num_warps,
