@@ -103,12 +103,12 @@ class RemoteFile(io.RawIOBase):
     """A remote object as a raw file, of which it holds one window, and fetches the next while that is read."""
 
     def __init__(self, storage: Storage, path: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jetway-read-ahead")  # first: Python closes a half-made file, too
         self._storage, self._path = storage, path
         self._size = storage.size(path)
         self._position = 0
         self._start, self._window = 0, b""
         self._next: Future[bytes] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jetway-read-ahead")
 
     def readable(self) -> bool:
         return True

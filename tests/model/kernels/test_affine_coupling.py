@@ -289,7 +289,7 @@ def test_compiles_for_gpus_without_spills(capability: int) -> None:
             aligned = tuple(argument for argument in kinds if argument not in values and argument not in ("num_rows", "rows_per_image"))
             compilations.append(Compilation(f"{triton_kernels.__name__}:{name}", kinds, values, num_warps=num_warps, aligned=aligned))
     for one, compiled in zip(compilations, compile_for_gpu(compilations, capability=capability), strict=True):
-        assert compiled.spilled_bytes == 0, (one, compiled)
+        assert compiled.fits, (one, compiled)
         assert compiled.registers <= 96, (one, compiled)
         assert compiled.shared_bytes <= 48 * 1024, (one, compiled)
         print(capability, one.kernel.rpartition(":")[2], one.constants, compiled)

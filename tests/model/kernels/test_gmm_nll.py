@@ -343,5 +343,5 @@ def compilations(dtype: str, *, soft_dim: int) -> list[Compilation]:
 def test_kernels_compile_without_spilling(capability: int) -> None:
     wanted = [*compilations("bf16", soft_dim=128), *(one for soft_dim in (128, 16, 3) for one in compilations("fp32", soft_dim=soft_dim))]
     for one, compiled in zip(wanted, compile_for_gpu(wanted, capability=capability), strict=True):
-        assert compiled.spilled_bytes == 0, (one.kernel, compiled)
+        assert compiled.fits, (one.kernel, compiled)
         assert compiled.registers <= 255, (one.kernel, compiled)

@@ -261,6 +261,6 @@ def test_compiles_for_gpus_without_spills(capability):
     requests.append(compilation("layer_norm_fwd_kernel", 512, "bf16", forward_tile(512), HAS_BRANCH=False))
     requests.append(compilation("layer_norm_bwd_kernel", 512, "fp32", backward_tile(512), HAS_TOTAL=False, WRITES_X=True, WRITES_BRANCH=False))
     for request, compiled in zip(requests, checks.compile_for_gpu(requests, capability=capability), strict=True):
-        assert compiled.spilled_bytes == 0, (request, compiled)
+        assert compiled.fits, (request, compiled)
         assert compiled.registers <= 96, (request, compiled)
         assert compiled.shared_bytes <= 64, (request, compiled)

@@ -237,5 +237,5 @@ def test_compiles_for_gpus_without_spills(capability):
         compilation(kernel, dtype, width, **flags) for dtype, width, (kernel, flags) in itertools.product(("bf16", "fp32"), (1536, 8192), kinds)
     ]
     for request, compiled in zip(requests, checks.compile_for_gpu(requests, capability=capability), strict=True):
-        assert compiled.spilled_bytes == 0, (request, compiled)
+        assert compiled.fits, (request, compiled)
         assert compiled.registers <= 128, (request, compiled)

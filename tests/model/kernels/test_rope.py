@@ -114,5 +114,5 @@ def test_compiles_for_gpus_without_spills(capability):
             aligned = tuple(name for name in names if name in types or "stride" in name and name not in constants)
             requests.append(checks.Compilation(f"{triton_kernels.__name__}:rope_kernel", signature, constants, aligned=aligned))
     for request, compiled in zip(requests, checks.compile_for_gpu(requests, capability=capability), strict=True):
-        assert compiled.spilled_bytes == 0, (request, compiled)
+        assert compiled.fits, (request, compiled)
         assert compiled.registers <= 128, (request, compiled)
