@@ -128,7 +128,7 @@ class Variant:
     adds_up: bool = True
     """Stands in all rows after it."""
     padded: bool = False
-    """On captions of all lengths, as in training on real ones."""
+    """On captions of all lengths, whose unused slots are masked (`text.ignore_pad`); the published runs read and score those as well."""
 
 
 def ablation(context: Context, section: Section) -> None:
@@ -210,7 +210,7 @@ def variants(context: Context, model: JetFormerConfig) -> list[Variant]:
     both_heads = replace(model, objective=replace(objective, stop_grad_flow_on_image_prefix=False, loss_on_prefix=True))
     apart = {"same_loss": False, "adds_up": False}
     skips = [Variant("without the skip of the flow", {}, whole_flow, **apart), Variant("without any skip", {}, both_heads, **apart)]
-    padded = Variant("with captions of all lengths, so a mask in attention", {}, model, **apart, padded=True)
+    padded = Variant("with captions of all lengths, as of text.ignore_pad: a mask in attention", {}, model, **apart, padded=True)
     return [*found, padded, *skips, Variant("with compile: layers", {"compile": "layers"}, model, adds_up=False)]
 
 
