@@ -118,9 +118,10 @@ def test_nothing_is_launched_where_there_is_nothing(triton_device: torch.device)
     ]
     if triton_version() >= (3, 4):
         order = torch.arange(8, device=triton_device)
-        out, logdet = affine_coupling(*(empty(0, 3, 4) for _ in range(4)), order, order, joined=True, impl="triton")
+        inputs = empty(0, 3, 4), empty(0, 3, 4), empty(0, 3, 8)
+        out, logdet = affine_coupling(*inputs, order, order, joined=True, impl="triton")
         found += [*out, logdet]
-        affine_coupling_inverse(*(empty(0, 3, 4).detach() for _ in range(4)), order, joined=True, impl="triton")
+        affine_coupling_inverse(*(x.detach() for x in inputs), order, joined=True, impl="triton")
     weights = tuple(torch.ones(*shape, device=triton_device, requires_grad=True) for shape in ((2, 5), (2,), (2, 2, 3, 5), (2, 2, 3)))
     found.append(linear_gmm_nll(empty(0, 5), empty(0, 3), weights, impl="triton"))
     found.append(linear_gmm_nll_loss(empty(0, 5), empty(0, 3), weights, empty(0).detach(), impl="triton")[0])
