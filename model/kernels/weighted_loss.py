@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from model.kernels.collectives import reduce_in_place
+from model.kernels.first_order import first_order
 
 
 class Head(Protocol):
@@ -74,7 +74,7 @@ class _WeightedLoss(torch.autograd.Function):
         return sum_weighted(nll, token_weight), nll
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -95,7 +95,7 @@ class _TokenNll(torch.autograd.Function):
         return nll
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         normalisers, *tensors = ctx.saved_tensors
         _, _, gradients = ctx.head.run(tensors, token_weight=d_nll.contiguous(), wanted=ctx.needs_input_grad[1:], normalisers=normalisers)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from model.kernels.affine_coupling import triton_kernels
+from model.kernels.first_order import first_order
 
 
 def affine_coupling(
@@ -39,7 +39,7 @@ class _AffineCoupling(torch.autograd.Function):
         return *out, logdet.view(len(first), -1).sum(1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         second, params, inverse_order = ctx.saved_tensors
         *d_out, d_logdet = gradients

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from model.kernels.first_order import first_order
 from model.kernels.geglu.triton_kernels import launch_geglu_bwd, launch_geglu_fwd
 
 
@@ -20,7 +20,7 @@ class GegluFunction(Function):
         return launch_geglu_fwd(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """Of gate and up."""
         gate, up = ctx.saved_tensors

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from model.kernels.first_order import first_order
 from model.kernels.layer_norm.triton_kernels import launch_bwd, launch_fwd
 
 
@@ -22,7 +22,7 @@ class LayerNormFunction(Function):
         return normed
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         """Of x, weight and bias."""
         x, weight, mean, rstd = ctx.saved_tensors
@@ -45,7 +45,7 @@ class AddLayerNormFunction(Function):
         return total, normed
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, d_total: Tensor | None, d_normed: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:

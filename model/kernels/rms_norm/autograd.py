@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from model.kernels.first_order import first_order
 from model.kernels.rms_norm.triton_kernels import launch_dropout_bwd, launch_norm_bwd, launch_norm_fwd
 from model.kernels.splitmix import DropoutKey
 
@@ -22,7 +22,7 @@ class RmsNormFunction(Function):
         return normed
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor]:
         """Of x and scale."""
         x, scale, rstd = ctx.saved_tensors
@@ -41,7 +41,7 @@ class AddDropoutFunction(Function):
         return launch_norm_fwd(x, branch, None, dropout)[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Of x and the branch."""
         (keys,) = ctx.saved_tensors
@@ -60,7 +60,7 @@ class AddDropoutRmsNormFunction(Function):
         return total, normed
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_total: Tensor, d_normed: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Of x, the branch and scale."""
         total, scale, rstd, keys = ctx.saved_tensors

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from model.kernels.first_order import first_order
 from model.kernels.rope.triton_kernels import launch_rope
 
 
@@ -19,7 +19,7 @@ class RopeFunction(Function):
         return launch_rope(x, cos, sin, reverse=False)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Of x."""
         cos, sin = ctx.saved_tensors
