@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.kernels.collectives import reduce_in_place
 from model.kernels.first_order import first_order
+from model.kernels.precision import as_given
 
 
 class Head(Protocol):
@@ -68,7 +69,8 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, token_weight: Tensor, with_gradients: bool, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[3:]
-        nll, _, gradients = head.run(tensors, token_weight=token_weight if with_gradients and any(wanted) else None, wanted=wanted)
+        with as_given(token_weight.device):
+            nll, _, gradients = head.run(tensors, token_weight=token_weight if with_gradients and any(wanted) else None, wanted=wanted)
         ctx.head, ctx.gradients, ctx.dtypes = head, gradients, [tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(nll)
         return sum_weighted(nll, token_weight), nll
@@ -89,7 +91,8 @@ class _WeightedLoss(torch.autograd.Function):
 class _TokenNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, *tensors: Tensor) -> Tensor:
-        nll, normalisers, _ = head.run(tensors)
+        with as_given(tensors[0].device):
+            nll, normalisers, _ = head.run(tensors)
         ctx.head = head
         ctx.save_for_backward(normalisers, *tensors)
         return nll
@@ -98,7 +101,8 @@ class _TokenNll(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         normalisers, *tensors = ctx.saved_tensors
-        _, _, gradients = ctx.head.run(tensors, token_weight=d_nll.contiguous(), wanted=ctx.needs_input_grad[1:], normalisers=normalisers)
+        with as_given(d_nll.device):
+            _, _, gradients = ctx.head.run(tensors, token_weight=d_nll.contiguous(), wanted=ctx.needs_input_grad[1:], normalisers=normalisers)
         return None, *_handed_out(ctx.head, gradients, [tensor.dtype for tensor in tensors])
 
 

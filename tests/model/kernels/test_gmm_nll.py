@@ -291,6 +291,17 @@ def test_gradients_of_gradients_are_refused(function: Callable[..., Tensor]) -> 
             torch.autograd.grad(last(found if isinstance(found, Tensor) else found[0]), inputs["hidden"], create_graph=True)
 
 
+@pytest.mark.parametrize("run", [per_token, one_pass])
+def test_autocast_changes_nothing(run: Callable[..., dict[str, Tensor]]) -> None:
+    """It would round fp32 products to bf16, and add bf16 to fp32 sums."""
+    inputs = make_inputs((5, 6, 4, 3), dtype=torch.float32, device=torch.device("cpu"))
+    expected = run(inputs, impl="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(inputs, impl="torch")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_what_does_not_fit_is_named() -> None:
     inputs = make_inputs((4, 3, 2, 2), dtype=torch.float32, device=torch.device("cpu"))
     weights = weights_of(inputs)

@@ -1,5 +1,7 @@
 """The text head's likelihood: against torch.nn, by chunks, and split over ranks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,16 @@ def test_extreme_logits_are_finite() -> None:
 def test_same_twice() -> None:
     inputs, targets = make_inputs((300, 16, 40), dtype=torch.bfloat16)
     assert_same_twice(lambda: one_pass(inputs, targets, impl="torch", workspace_bytes=10 * 40 * 128))
+
+
+@pytest.mark.parametrize("run", [per_token, one_pass])
+def test_autocast_changes_nothing(run: Callable[..., dict[str, Tensor]]) -> None:
+    inputs, targets = make_inputs((5, 6, 9), dtype=torch.float32)
+    expected = run(inputs, targets, impl="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(inputs, targets, impl="torch")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_no_tokens() -> None:
