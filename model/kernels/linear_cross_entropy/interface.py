@@ -36,7 +36,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [N, D], computed in the dtype of the weight; weight: [V, D]; bias: [V].
-        targets: int64 [N], pieces of the whole vocabulary.
+        targets: int64 [N], pieces of the whole vocabulary. None is ignored: what does not count has token_weight 0. One outside fails as an
+            index out of range does (on CUDA by an assertion on the device); split over a group it is not noticed.
         first_row: the piece of which this rank holds row 0.
         vocab_size: over all ranks, in shares that differ by at most one; needed with a group.
         group: process group over which the vocabulary is split; hidden and targets are the same on its ranks. The result and the

@@ -50,9 +50,7 @@ class VocabularyHead:
         for index, rows in enumerate(chunks):
             x = hidden[rows]
             logits = widened_product(x, weight.t()).add_(bias)
-            local = self.targets[rows] - self.first_row
-            own = (local >= 0) & (local < len(bias))
-            place = torch.where(own, local, 0).unsqueeze(1)
+            own, place = self._rows_of(self.targets[rows], len(bias))
             peak, normaliser = found[:, rows]
             if normalisers is None:
                 peak.copy_(reduce_in_place(logits.amax(1), self.group, maximum=True))
@@ -76,6 +74,12 @@ class VocabularyHead:
                 d_bias.add_(d_logits.sum(0))
         reduce_in_place(picked, self.group)
         return found[1] - picked, found, gradients
+
+    def _rows_of(self, targets: Tensor, num_pieces: int) -> tuple[Tensor, Tensor]:
+        """Whether this rank holds a target, bool [c], and the row where it does, [c, 1]. One rank holds all: another piece fails in `gather`."""
+        local = targets - self.first_row
+        own = torch.ones_like(local, dtype=torch.bool) if self.group is None else (local >= 0) & (local < num_pieces)
+        return own, torch.where(own, local, 0).unsqueeze(1)
 
 
 def _room(tensors: Sequence[Tensor], wanted: Sequence[bool], wide: torch.dtype) -> list[Tensor | None]:

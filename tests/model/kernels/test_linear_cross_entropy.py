@@ -116,6 +116,18 @@ def test_no_tokens() -> None:
     assert float(inputs["weight"].grad.abs().sum()) == 0
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("piece", [-100, -1, 9])
+def test_a_target_that_is_no_piece_is_an_error(piece: int, impl: str) -> None:
+    """Not a likelihood that looks like any other, and not a token that counts nothing."""
+    inputs, targets = make_inputs((5, 6, 9), dtype=torch.float32)
+    targets[2] = piece
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        linear_cross_entropy(*inputs.values(), targets, impl=impl)
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        linear_cross_entropy_loss(*inputs.values(), targets, token_weights(5, targets.device), impl=impl)
+
+
 def test_what_does_not_fit_is_named() -> None:
     inputs, targets = make_inputs((4, 3, 5), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"must be \[N, D\], \[V, D\], \[V\] and \[N\], got \[4, 3\], \[5, 3\], \[5\], \[3\]"):
