@@ -9,6 +9,13 @@ from typing import Literal
 CouplingKind = Literal["channels", "checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv", "hstripes", "hstripes-inv", "spatial"]
 
 
+def _check_positive(section: str, config: object, *names: str) -> None:
+    """Raises ValueError for a field below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must be at least 1")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageConfig:
     """Pixels in, pixels out."""
@@ -67,6 +74,9 @@ class TextConfig:
     logits_init_std: float = 1.0
     """Std of the text head's kernel at init: 1 is the reference (134 nats/token at start), width**-0.5 starts near ln V."""
 
+    def __post_init__(self) -> None:
+        _check_positive("text", self, "length", "num_pieces", "num_repeats")
+
     @property
     def vocab_size(self) -> int:
         """Pieces plus BOS, BOI, NOLABEL."""
@@ -105,6 +115,7 @@ class FlowConfig:
     permutation_seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_positive("flow", self, "width", "num_heads")
         if self.width % self.num_heads:
             raise ValueError(f"flow.width={self.width} is not divisible by flow.num_heads={self.num_heads}")
         if not self.kinds:
@@ -130,6 +141,7 @@ class DecoderConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        _check_positive("decoder", self, "width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"decoder.num_heads={self.num_heads} is not divisible by decoder.num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
@@ -147,6 +159,9 @@ class GmmConfig:
     """Channels of each latent token that the decoder models; the other C - soft_dim are scored by N(0, 1)."""
     init_symmetry_std: float = 0.02
     """Std of the mean biases at init. 0 is the reference, with which the mixture never splits (spec 1.7)."""
+
+    def __post_init__(self) -> None:
+        _check_positive("gmm", self, "num_mixtures")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

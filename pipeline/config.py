@@ -55,13 +55,19 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0
-    """Maximum global gradient norm over all parameters and ranks."""
+    """Maximum global gradient norm over all parameters and ranks; 0 clips nothing."""
     warmup_fraction: float = 0.1
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_fraction: float = 0.2
     """Share of the run spent decaying to zero (schedule `wsd` only)."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights; None keeps none (reference)."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0:
+            raise ValueError(f"optimizer.learning_rate={self.learning_rate} must not be negative")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optimizer.ema_decay={self.ema_decay} must lie in 0..1, below 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

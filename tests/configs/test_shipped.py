@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import ConfigError
 from configs.loader import CONFIG_DIR, load_config
 from data_prep.config import PrepConfig
 from model.flops import count_parameters
@@ -20,6 +21,24 @@ def test_training_configuration_fits_its_own_processes(path: Path) -> None:
     assert config.output_dir == f"runs/{path.stem}"
     micro, num_micro = config.micro_batches(config.parallel.processes)
     assert micro * num_micro * config.data_parallel_degree(config.parallel.processes) == config.data.global_batch_size
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.text.length=0",
+        "model.flow.width=0",
+        "model.decoder.depth=0",
+        "model.decoder.num_kv_heads=0",
+        "model.gmm.num_mixtures=-1",
+        "optimizer.learning_rate=-0.5",
+        "optimizer.ema_decay=1.0",
+    ],
+)
+def test_sizes_and_rates_that_are_none_are_refused(override: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=f"{'.'.join(key.split('.')[-2:])}={value} must"):
+        load_config(RunConfig, "train/digits", [override])
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
