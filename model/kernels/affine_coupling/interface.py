@@ -42,6 +42,8 @@ def affine_coupling(
         ValueError: the shapes do not fit together.
         UserError: the requested implementation cannot run here.
     """
+    if inverse_order.shape != order.shape:
+        raise ValueError(f"inverse_order must be {list(order.shape)} as order is, not {list(inverse_order.shape)}")
     if _runs_in_triton(first, second, params, order, impl):
         from model.kernels.affine_coupling import autograd
 

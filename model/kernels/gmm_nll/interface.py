@@ -35,7 +35,7 @@ def linear_gmm_nll(
     Args:
         hidden: [N, D], bf16, fp32 or fp64; computed in the dtype of the weights.
         soft: [N, d], fp32 (fp64 with fp64 weights).
-        weights: see `HeadWeights`; K is this rank's share of the mixtures.
+        weights: see `HeadWeights`, of one dtype; K is this rank's share of the mixtures.
         group: process group over which the mixtures are split; hidden and soft are the same on its ranks. The result and the
             gradients of hidden and soft are then whole on every rank: two all-reduces of [2, N] and one of each gradient.
         num_mixtures: over all ranks, in shares that differ by at most one; needed with a group.
@@ -110,15 +110,16 @@ def _reference_nll(hidden: Tensor, soft: Tensor, weights: HeadWeights, group: An
 
 def _checked(hidden: Tensor, soft: Tensor, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """hidden in the dtype of the weights, soft in that of the sums."""
-    logit_weight, logit_bias, component_weight, component_bias = weights
-    mixtures, _, soft_dim, width = component_weight.shape
-    expected = ((mixtures, width), (mixtures,), (mixtures, 2, soft_dim, width), (mixtures, 2, soft_dim))
     found = tuple(tuple(weight.shape) for weight in weights)
-    if found != expected:
+    mixtures, _, soft_dim, width = sizes = found[2] if len(found) == 4 and len(found[2]) == 4 else (0, 0, 0, 0)
+    if found != ((mixtures, width), (mixtures,), (mixtures, 2, soft_dim, width), (mixtures, 2, soft_dim)) or not all(sizes):
         raise ValueError(f"head weights must be [K, D], [K], [K, 2, d, D] and [K, 2, d], got {found}")
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1:
+        raise ValueError(f"head weights must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     if hidden.dim() != 2 or soft.dim() != 2 or hidden.shape[1] != width or soft.shape[1] != soft_dim or len(hidden) != len(soft):
         raise ValueError(f"hidden must be [N, {width}] and soft [N, {soft_dim}], got {list(hidden.shape)} and {list(soft.shape)}")
-    dtype = component_weight.dtype
+    (dtype,) = dtypes
     return hidden.to(dtype), soft.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 

@@ -14,7 +14,8 @@ LAYER_NORM_EPS = 1e-6
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias: [..., W], [W] twice -> [..., W], rounded once, to `out_dtype`."""
-    return functional.layer_norm(widen(x), x.shape[-1:], widen(weight), widen(bias), LAYER_NORM_EPS).to(out_dtype)
+    wide = widen(x)  # torch wants the parameters in its dtype
+    return functional.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), LAYER_NORM_EPS).to(out_dtype)
 
 
 def add_layer_norm_reference(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def linear_cross_entropy(
     """-log softmax(hidden W^T + b) at the targets, per token; its gradient computes the logits again.
 
     Args:
-        hidden: [N, D], computed in the dtype of the weight; weight: [V, D]; bias: [V].
+        hidden: [N, D], computed in the dtype of the weight; weight: [V, D]; bias: [V], in the weight's dtype.
         targets: int64 [N], pieces of the whole vocabulary. None is ignored: what does not count has token_weight 0. One outside fails as an
             index out of range does (on CUDA by an assertion on the device); split over a group it is not noticed.
         first_row: the piece of which this rank holds row 0.
@@ -118,4 +118,6 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> T
     if not fits:
         shapes = [list(tensor.shape) for tensor in (hidden, weight, bias, targets)]
         raise ValueError(f"hidden, weight, bias and targets must be [N, D], [V, D], [V] and [N], got {', '.join(map(str, shapes))}")
+    if weight.dtype != bias.dtype:
+        raise ValueError(f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
     return hidden.to(weight.dtype)

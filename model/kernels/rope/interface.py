@@ -25,6 +25,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Te
         ValueError: the shapes do not fit.
         UserError: `impl` cannot run here.
     """
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, heads, S, H], not {list(x.shape)}")
     batch, _, length, head_dim = x.shape
     shapes = [(rows, 1, length, head_dim // 2) for rows in (1, batch)]
     if head_dim % 2 or cos.shape not in shapes or sin.shape != cos.shape:

@@ -105,7 +105,9 @@ def test_what_does_not_fit_is_refused() -> None:
     inputs = make_inputs(12, 2, 5)
     order, inverse = permutation(12)
     with pytest.raises(ValueError, match="takes two halves"):
-        affine_coupling(*inputs.values(), order[:6], inverse, joined=True)
+        affine_coupling(*inputs.values(), order[:6], inverse[:6], joined=True)
+    with pytest.raises(ValueError, match=r"inverse_order must be \[12\]"):
+        affine_coupling(*inputs.values(), order, inverse[:6], joined=True)
     with pytest.raises(ValueError, match="takes two halves"):
         affine_coupling_inverse(inputs["first"][:1], *list(inputs.values())[1:], order, joined=True)
 

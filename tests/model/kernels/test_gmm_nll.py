@@ -307,8 +307,12 @@ def test_what_does_not_fit_is_named() -> None:
     weights = weights_of(inputs)
     with pytest.raises(ValueError, match=r"hidden must be \[N, 3\] and soft \[N, 2\], got \[4, 3\] and \[4, 3\]"):
         linear_gmm_nll(inputs["hidden"], inputs["hidden"], weights)
-    with pytest.raises(ValueError, match="head weights must be"):
-        linear_gmm_nll(inputs["hidden"], inputs["soft"], (weights[0], weights[0], weights[2], weights[3]))
+    swapped, half = (weights[2], weights[1], weights[0], weights[3]), (weights[0], weights[1].bfloat16(), weights[2], weights[3])
+    for wrong in ((weights[0], weights[0], weights[2], weights[3]), swapped, weights[:3], tuple(weight[:0] for weight in weights)):
+        with pytest.raises(ValueError, match="head weights must be"):
+            linear_gmm_nll(inputs["hidden"], inputs["soft"], wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"head weights must have one dtype, got torch\.bfloat16, torch\.float32"):
+        linear_gmm_nll(inputs["hidden"], inputs["soft"], half)
     with pytest.raises(ValueError, match=r"token_weight must be \[4\] constants"):
         linear_gmm_nll_loss(inputs["hidden"], inputs["soft"], weights, torch.ones(3))
 

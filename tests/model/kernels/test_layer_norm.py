@@ -54,6 +54,7 @@ def test_reference_is_the_layer_norm_of_torch():
     torch.nn.init.normal_(module.weight), torch.nn.init.normal_(module.bias)
     found = layer_norm_reference(x, module.weight, module.bias, torch.float64)
     assert torch.equal(found, module(x))
+    assert layer_norm_reference(x.float(), module.weight, module.bias, FP32).allclose(found.float(), atol=1e-5), "parameters of any dtype"
     variance = x.square().mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square()
     formula = (x - x.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt() * module.weight + module.bias
     assert torch.allclose(found, formula, rtol=1e-10)

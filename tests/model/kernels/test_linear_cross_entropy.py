@@ -134,3 +134,5 @@ def test_what_does_not_fit_is_named() -> None:
         linear_cross_entropy(*inputs.values(), targets[:3])
     with pytest.raises(ValueError, match=r"token_weight must be \[4\] constants"):
         linear_cross_entropy_loss(*inputs.values(), targets, torch.ones(3))
+    with pytest.raises(ValueError, match="weight and bias must have one dtype"):
+        linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["bias"].bfloat16(), targets)

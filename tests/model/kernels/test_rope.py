@@ -95,6 +95,8 @@ def test_tables_that_do_not_fit_are_refused():
         apply_rope(x, cos[:, :, :-1], sin[:, :, :-1])
     with pytest.raises(ValueError, match="tables"):
         apply_rope(x, cos.expand(3, -1, -1, -1), sin.expand(3, -1, -1, -1))
+    with pytest.raises(ValueError, match=r"x must be \[B, heads, S, H\]"):
+        apply_rope(x[0], cos, sin)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
