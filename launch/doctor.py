@@ -161,7 +161,7 @@ def examine(folder: Path) -> list[Finding]:
 def examine_library(library: Library, requirement: Requirement | None) -> Finding:
     """Version against setup.py, then a real import in a child process."""
     missing: Status = "wrong" if library.required else "absent"
-    install = f"pip install 'jetway[{library.extra}]'" if library.extra else f"pip install '{requirement or library.distribution}'"
+    install = f"pip install -e '.[{library.extra}]'" if library.extra else f"pip install '{requirement or library.distribution}'"
     try:
         version = importlib.metadata.version(library.distribution)
     except importlib.metadata.PackageNotFoundError:

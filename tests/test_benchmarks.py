@@ -406,3 +406,12 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.M
 
 def test_all_sections_fit_into_eight_minutes() -> None:
     assert sum(entry.seconds for entry in bench_runner.SECTIONS.values()) <= 480
+
+
+def test_a_report_of_some_sections_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[Path] = []
+    monkeypatch.setattr(bench_runner, "REPORTS", tmp_path)
+    monkeypatch.setattr(bench_runner.Runner, "run", lambda self: paths.append(self.path) or 0)
+    for sections in ([], ["--sections", "gmm,peaks"]):
+        bench_runner.main(["--small", *sections], default=("peaks", "gmm"), name="kernels", doc="")
+    assert [path.name[len("2026-01-01-") :] for path in paths] == ["kernels-cpu-small.md", "kernels-cpu-small-gmm-peaks.md"]

@@ -103,7 +103,7 @@ class ObjectReader:
                 self._stores[scheme] = store
             except (ImportError, ValueError) as error:
                 raise UserError(
-                    f"cannot open {scheme}:// addresses", got=error, fix='pip install "jetway[s3]", or remove them from the inputs'
+                    f"cannot open {scheme}:// addresses", got=error, fix='pip install -e ".[s3]", or remove them from the inputs'
                 ) from None
         return self._stores[scheme]
 

@@ -57,7 +57,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn import datasets
     except ImportError:
-        raise UserError("the embedded digits come with scikit-learn, which is not installed", fix='pip install "jetway[demo]"') from None
+        raise UserError("the embedded digits come with scikit-learn, which is not installed", fix='pip install -e ".[demo]"') from None
     bunch: Any = datasets.load_digits()
     return np.rint(bunch.images * (255 / 16)).astype(np.uint8), np.asarray(bunch.target, dtype=np.int64)
 

@@ -45,7 +45,7 @@ def train_scorer(data_set: str) -> DigitScorer:
     try:
         from sklearn.svm import SVC
     except ImportError:
-        raise UserError("scoring digits needs scikit-learn, which is not installed", fix='pip install "jetway[demo]"') from None
+        raise UserError("scoring digits needs scikit-learn, which is not installed", fix='pip install -e ".[demo]"') from None
     images, digits = load_split(data_set, "train")
     # scikit-learn's own example has gamma 0.001 on pixels of 0..16; on 0..1 squared distances are 256 times smaller.
     classifier = SVC(gamma=0.25, C=10.0).fit(_features(images), digits)

@@ -60,7 +60,7 @@ class FsspecClient:
             # No caches: another process publishes while we look, and instances must not be shared over a fork.
             self._fs: Any = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise UserError(f"cannot open {scheme}:// storage", got=error, fix='pip install "jetway[s3]", or check the address') from None
+            raise UserError(f"cannot open {scheme}:// storage", got=error, fix='pip install -e ".[s3]", or check the address') from None
         self._root = self._fs._strip_protocol(url).rstrip("/")
         self._parts = {"chunksize": part_bytes} if scheme == "s3" else {}
 

@@ -86,7 +86,8 @@ def main(argv: Sequence[str], *, default: Sequence[str], name: str, doc: str | N
         return 2
     given.seconds = given.seconds or (3600.0 if given.small else 450.0)
     place = "cpu-small" if given.small else "gpu"
-    path = given.report or REPORTS / f"{date.today().isoformat()}-{name}-{place}.md"
+    part = "" if names == list(default) else "-" + "-".join(names)  # some sections do not replace a report of all
+    path = given.report or REPORTS / f"{date.today().isoformat()}-{name}-{place}{part}.md"
     path.parent.mkdir(exist_ok=True)
     command = shlex.join(["python", "-m", f"tests.benchmarks.bench_{name}", *argv])
     return Runner(names, given, path, command).run()
@@ -113,7 +114,7 @@ class Runner:
                 while pending and not SECTIONS[group[0]].own_process and not SECTIONS[pending[0]].own_process:
                     group.append(pending.pop(0))
                 pending = self._run_group(group, Path(folder)) + pending
-        print(f"\nwritten to {scrub(str(self.path))}")
+        print(f"\nwritten to {os.path.relpath(self.path)}")
         failed = [name for name, section in self.sections.items() if section.error]
         if failed:
             print(f"failed: {', '.join(failed)}", file=sys.stderr)

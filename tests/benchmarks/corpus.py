@@ -46,7 +46,7 @@ def photographs() -> list[np.ndarray]:
     """The source photographs, uint8 [H, W, 3], in a fixed order.
 
     Raises:
-        ModuleNotFoundError: scikit-learn or scikit-image is not installed (`pip install jetway[peers]`).
+        ModuleNotFoundError: scikit-learn or scikit-image is not installed (`pip install -e '.[peers]'`).
     """
     import skimage
     import sklearn

@@ -26,7 +26,7 @@ def test_installed_library_is_ok_with_its_version() -> None:
 def test_missing_library(required: bool, status: str) -> None:
     finding = examine_library(Library(distribution="jetway-no-such-thing", probe="", required=required, adds="speed", extra="gpu"), None)
     assert finding.status == status
-    assert finding.fix == "pip install 'jetway[gpu]'"
+    assert finding.fix == "pip install -e '.[gpu]'"
 
 
 def test_library_that_does_not_import_is_wrong() -> None:
