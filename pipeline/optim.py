@@ -1,4 +1,4 @@
-"""AdamW with weight decay on and off (spec 1.9), whoever computes it; and the moving average of its fp32 masters.
+"""AdamW in two groups, weight decay on and off (spec 1.9), whoever computes it; and the moving average of its fp32 masters.
 
 | kernels.optimizer | computes | where it keeps the number of updates |
 |---|---|---|
@@ -7,9 +7,8 @@
 | deepspeed | deepspeed.ops.adam.FusedAdam, CUDA | an integer in each parameter's state |
 
 All three keep fp32 `exp_avg` and `exp_avg_sq` per parameter, so that a run saved under one continues under another.
-ZeRO makes one tensor of each group, so groups are split where they grow too large for kernels that count elements in 32 bits: apex's until
-August 2024 (NVIDIA/apex #1825), DeepSpeed's until late 2025, which left weights as they were (deepspeedai/DeepSpeed #7640), torch's multi-tensor ones
-before 2.9 (pytorch/pytorch #156261).
+`auto` takes torch's for a group of 2^31 elements or more, as ZeRO may make one tensor of it: apex counted them in 32 bits until August 2024
+(NVIDIA/apex #1825), DeepSpeed until late 2025, leaving weights as they were (deepspeedai/DeepSpeed #7640).
 """
 
 import importlib
@@ -23,8 +22,8 @@ from model.kernels.dispatch import choose
 from pipeline.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_GROUP = 2**30
-"""Elements of a group, unless one parameter has more."""
+COUNTED_IN_32_BITS = 2**31
+"""Elements of a tensor that some fused kernels cannot update."""
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device, implementation: str = "auto") -> torch.optim.Optimizer:
@@ -43,9 +42,15 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         (decayed if init.decays(name) else plain).append(parameter)
-    kinds = (decayed, config.weight_decay), (plain, 0.0)
-    groups: list[dict[str, Any]] = [{"params": part, "weight_decay": decay} for parameters, decay in kinds for part in _parts(parameters)]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    largest = max((sum(parameter.numel() for parameter in group["params"]) for group in groups), default=0)
+    if implementation == "auto" and largest >= COUNTED_IN_32_BITS:
+        implementation = "torch"
     chosen = choose("optimizer", implementation, device, torch.float32)
     if chosen == "torch":
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **options)
@@ -53,19 +58,6 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
     fused = importlib.import_module({"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}[chosen])
     optimizer: torch.optim.Optimizer = fused.FusedAdam(groups, adam_w_mode=True, **options)
     return optimizer
-
-
-def _parts(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Consecutive parameters of at most MAX_GROUP elements together; none of none."""
-    parts: list[list[nn.Parameter]] = []
-    size = 0
-    for parameter in parameters:
-        size += parameter.numel()
-        if not parts or size > MAX_GROUP:
-            parts.append([])
-            size = parameter.numel()
-        parts[-1].append(parameter)
-    return parts
 
 
 def create_adam_state(optimizer: torch.optim.Optimizer) -> None:
@@ -111,7 +103,7 @@ def _supplier(optimizer: torch.optim.Optimizer) -> str:
 class WeightAverage:
     """Exponential moving average of the fp32 masters that this rank owns: ema <- decay * ema + (1 - decay) * weight.
 
-    Each by itself: they are few and large.
+    Each by itself: they are few and large, and the multi-tensor kernels of torch before 2.9 count elements in 32 bits.
     """
 
     def __init__(self, masters: list[Tensor], decay: float) -> None:

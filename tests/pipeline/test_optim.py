@@ -223,30 +223,15 @@ def test_run_saved_under_one_resumes_under_another(
             torch.testing.assert_close(fragment.tensor, expected[fragment.name], rtol=1e-4, atol=1e-5, msg=fragment.name)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(10, [[2, 3, 4, 1]]), (5, [[2, 3], [4, 1]]), (4, [[2], [3], [4], [1]]), (1, [[2], [3], [4], [1]])])
-def test_groups_stay_small_enough_for_every_kernel(monkeypatch: pytest.MonkeyPatch, limit: int, expected: list[list[int]]) -> None:
-    monkeypatch.setattr(optim, "MAX_GROUP", limit)
-    parts = optim._parts([nn.Parameter(torch.zeros(size)) for size in (2, 3, 4, 1)])
-    assert [[parameter.numel() for parameter in part] for part in parts] == expected
-    assert optim._parts([]) == []
-
-
-@pytest.mark.parametrize("scenario", ["base", "bf16"])
-def test_split_groups_train_the_same_and_read_the_same_checkpoints(
-    alone: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenario: str
+@pytest.mark.parametrize(("requested", "limit", "expected"), [("auto", 7, "apex"), ("auto", 6, "torch"), ("apex", 6, "apex")])
+def test_large_groups_go_to_a_kernel_that_counts_in_64_bits(
+    any_supplier: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, requested: str, limit: int, expected: str
 ) -> None:
-    config = scenario_config(scenario)
-    reference, whole = Record(), Engine(config, alone)
-    run_steps(whole, range(4), reference, {2: tmp_path / "saved"})
-    monkeypatch.setattr(optim, "MAX_GROUP", 1000)
-    record, split = Record(), Engine(config, alone)
-    assert len(split.zero.fragments()) == len(whole.zero.fragments())
-    assert len(whole._groups) == 2 < len(split._groups)
-    with open_checkpoint(tmp_path / "saved") as reader:
-        split.zero.load(reader, adam_step=reader.state["adam_step"])
-    run_steps(split, range(2, 4), record)
-    assert record.losses == pytest.approx(reference.losses[2:], rel=1e-6)
-    assert record.norms == pytest.approx(reference.norms[2:], rel=1e-6)
+    any_supplier("apex")
+    monkeypatch.setattr(optim, "choose", lambda operation, implementation, *where: "apex" if implementation == "auto" else implementation)
+    monkeypatch.setattr(optim, "COUNTED_IN_32_BITS", limit)  # the larger group of the module has 6
+    optimizer = build_optimizer(small_module(), OptimizerConfig(), torch.device("cpu"), requested)
+    assert type(optimizer).__module__.startswith(expected)
 
 
 def test_forced_optimizer_that_is_not_there_is_refused() -> None:
