@@ -8,8 +8,8 @@
 
 All three keep fp32 `exp_avg` and `exp_avg_sq` per parameter, so that a run saved under one continues under another.
 `auto` takes torch's for a group of 2^31 elements or more, as ZeRO may make one tensor of it: apex counted them in 32 bits until August 2024
-(NVIDIA/apex #1825), DeepSpeed until late 2025, leaving weights as they were (deepspeedai/DeepSpeed #7640). The groups themselves stay two: DeepSpeed
-waits for ever where pipeline stages differ in their number.
+(NVIDIA/apex #1825), DeepSpeed until late 2025, leaving weights as they were (deepspeedai/DeepSpeed #7640). The groups themselves stay two: with more
+of them, a run on two pipeline stages hung in DeepSpeed (LOG.md, 2026-11-22).
 """
 
 import importlib

@@ -19,8 +19,9 @@ class LayerNorm(nn.Module):
     """Layer norm with learnable scale and bias, computed in fp32 whatever the dtype of its parameters, after the addition of a branch."""
 
     def __init__(self, width: int, *, impl: str) -> None:
-        """Args:
-        impl: `kernels.layer_norm`.
+        """
+        Args:
+            impl: `kernels.layer_norm`.
         """
         super().__init__()
         self.impl = impl

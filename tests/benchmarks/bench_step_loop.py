@@ -23,22 +23,11 @@ from pipeline.config import DataConfig, OptimizerConfig, ParallelConfig, RunConf
 from pipeline.parallel.stage import PipelineStage
 from tests.benchmarks.bench_device import Device
 from tests.benchmarks.bench_section import Context, Section
+from tests.model.kernels import checks
 
 OBJECTIVE = ObjectiveConfig(order="alternate")
 """Half of every micro-batch is text-first: the same expectation as the published draw, and the same work in every step."""
-REFERENCE = KernelsConfig(
-    gmm_nll="reference",
-    linear_cross_entropy="reference",
-    affine_coupling="reference",
-    rms_norm="reference",
-    layer_norm="reference",
-    rope="reference",
-    geglu="reference",
-    mixture_sample="reference",
-    optimizer="torch",
-    gradient_accumulation_fusion="off",
-    tf32=False,
-)
+REFERENCE = replace(checks.REFERENCE, optimizer="torch", gradient_accumulation_fusion="off", tf32=False)
 """Plain torch throughout."""
 
 

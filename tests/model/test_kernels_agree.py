@@ -11,17 +11,8 @@ from model.config import JetFormerConfig
 from model.jetformer import JetFormer
 from model.kernels.config import KernelsConfig
 from model.kernels.dispatch import is_interpreting
-from tests.model.kernels.checks import assert_as_exact_as_eager, permutes_on_chip
+from tests.model.kernels.checks import REFERENCE, assert_as_exact_as_eager, permutes_on_chip
 
-REFERENCE = KernelsConfig(
-    gmm_nll="reference",
-    linear_cross_entropy="reference",
-    affine_coupling="reference",
-    rms_norm="reference",
-    layer_norm="reference",
-    rope="reference",
-    geglu="reference",
-)
 FUSED = KernelsConfig(
     gmm_nll="triton",
     linear_cross_entropy="torch",

@@ -15,11 +15,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.kernels.config import KernelsConfig
 from model.kernels.dispatch import has_triton, triton_version
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-3}
 """Relative, added to eager's own error."""
+REFERENCE = KernelsConfig(
+    gmm_nll="reference",
+    linear_cross_entropy="reference",
+    affine_coupling="reference",
+    rms_norm="reference",
+    layer_norm="reference",
+    rope="reference",
+    geglu="reference",
+    mixture_sample="reference",
+)
+"""Plain torch in every operation of the model."""
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
